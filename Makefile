@@ -1,0 +1,33 @@
+# make demo: from nothing to a sample of a GPT trained here. Python 3.10+ and a package index are all it needs.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/installed
+	$(RUN) data/shakespeare_char/prepare.py
+	$(RUN) train.py config/train_shakespeare_char_cpu.py
+	$(RUN) sample.py --out_dir=out-shakespeare-char-cpu --num_samples=1 --start="ROMEO:"
+
+test: $(VENV)/installed-dev lint
+	$(RUN) -m pytest -q -n 2 --durations=10
+
+test-slow: $(VENV)/installed-dev
+	$(RUN) -m pytest -q -m slow --durations=10
+
+lint: $(VENV)/installed-dev
+	$(RUN) -m ruff check .
+
+$(VENV)/installed: requirements.txt constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'StoneGPT needs Python 3.10 or newer, this is ' + sys.version.split()[0] + '; name another by make demo PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) out-* .pytest_cache .ruff_cache

@@ -1,0 +1,6 @@
+# Evaluate OpenAI's gpt2 (124M parameters) on OpenWebText.
+init_from = 'gpt2'
+eval_only = True
+batch_size = 8
+eval_iters = 500  # many, for a good estimate
+wandb_log = False

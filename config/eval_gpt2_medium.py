@@ -1,0 +1,6 @@
+# Evaluate OpenAI's gpt2-medium (350M parameters) on OpenWebText.
+init_from = 'gpt2-medium'
+eval_only = True
+batch_size = 8
+eval_iters = 500  # many, for a good estimate
+wandb_log = False

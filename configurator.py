@@ -1,0 +1,103 @@
+# Poor Man's Configurator (after nanoGPT's). A script's settings are its module globals, and this file, run inside the script by
+#
+#     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+#
+# overrides them from config files (plain Python) and from `--key=value` or `--key value`, in the order given:
+#
+#     python train.py config/train_shakespeare_char.py --batch_size=32
+#
+# A script that has a setting `objective` takes the settings of objectives/<objective>.py too. `--help` prints them all, with the comment
+# that stands behind each. An unknown name or a value of the wrong type ends the script with one line that says what would be right.
+# What is left behind in the script: `config`, every setting with its value, and `config_given`, the names set on the command line.
+
+
+def _configure(script):
+    import ast, difflib, importlib, io, os, sys, tokenize, types
+    from core.files import find
+    name = os.path.basename(script['__file__'])
+
+    def settings_of(module):
+        """{setting: (default, comment, heading)} of a module's globals: its top-level assignments of plain values to public names."""
+        source = open(module['__file__'], encoding='utf-8').read()
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+        comments = {t.start[0]: (t.string.strip('# '), t.start[1]) for t in tokens if t.type == tokenize.COMMENT}
+        found = {}
+        for node in ast.parse(source).body:
+            for target in node.targets if isinstance(node, ast.Assign) else []:
+                key = getattr(target, 'id', '_')
+                if not key.startswith('_') and key not in found and isinstance(module.get(key), (bool, int, float, str)):
+                    above, column = comments.get(node.lineno - 1, ('', 1))
+                    found[key] = module[key], comments.get(node.end_lineno, ('',))[0], '' if column else above
+        return found
+
+    def known():
+        """The script's settings and, if it has an objective, that objective's: {setting: (module globals, (default, comment, heading))}."""
+        found = {key: (script, entry) for key, entry in settings.items()}
+        if 'objective' in settings:
+            if not os.path.exists(find(f"objectives/{script['objective']}.py")):
+                sys.exit(f"{name}: objective={script['objective']!r}: there is no objectives/{script['objective']}.py")
+            module = vars(importlib.import_module(f"objectives.{script['objective']}"))
+            found.update((key, (module, entry)) for key, entry in settings_of(module).items())
+        return found
+
+    def convert(where, key, value, kind):
+        """`value` (text if it comes from the command line) as a `kind`, or the end."""
+        typed = value
+        if where == '--' and kind is not str:
+            try:
+                typed = ast.literal_eval(value.title() if kind is bool else value)
+            except (ValueError, SyntaxError):
+                pass
+        if kind is float and type(typed) is int or kind is int and type(typed) is float and typed.is_integer():
+            typed = kind(typed)
+        if type(typed) is not kind:
+            sys.exit(f'{name}: {where}{key}={value!r}: expected ' + {bool: 'True or False', int: 'an int', float: 'a float', str: 'text'}[kind])
+        return typed
+
+    say = print if os.environ.get('RANK', '0') == '0' else lambda text: None  # under torchrun every process comes by here
+    settings, overrides, arguments = settings_of(script), [], sys.argv[1:]
+    if {'--help', '-h'} & set(arguments):
+        print((script['__doc__'] or '').strip() + f'\n\nSettings of {name} (--key=value; a config file may set them too):')
+        for key, (module, (default, comment, heading)) in known().items():
+            print(f'\n  {heading}' * bool(heading) + '\n' * bool(heading) + f'  --{key}={default!r}'.ljust(40) + comment)
+        sys.exit(0)
+    while arguments:
+        argument = arguments.pop(0)
+        if argument.startswith('--'):
+            key, equals, value = argument[2:].partition('=')
+            if not equals:
+                if not arguments:
+                    sys.exit(f'{name}: --{key} needs a value: --{key}=...')
+                value = arguments.pop(0)
+            new = [('--', key, value)]
+        else:
+            path = find(argument)
+            if not os.path.isfile(path):
+                sys.exit(f'{name}: no config file {argument}' + (f'; did you mean --{argument}?' if '=' in argument else ' (looked here and in the repository)'))
+            before = {key: script[key] for key in settings}
+            namespace = dict(before, __file__=path, __name__='config')
+            try:
+                exec(open(path, encoding='utf-8').read(), namespace)
+            except Exception as error:
+                sys.exit(f'{name}: {argument}: {type(error).__name__}: {error}')
+            new = [(f'{argument}: ', key, value) for key, value in namespace.items() if not key.startswith('_')
+                   and not isinstance(value, types.ModuleType) and not callable(value) and (key not in before or before[key] is not value)]
+            say(f'Overriding config with {argument}')
+        for where, key, value in new:  # what the script knows is set now, so that a later config file sees it; the rest waits for the objective
+            if key in settings:
+                script[key] = convert(where, key, value, type(settings[key][0]))
+        overrides += new
+    names = known()
+    for where, key, value in overrides:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            sys.exit(f'{name}: {where}{key}: no such setting' + (f'; did you mean {near[0]}?' if near else '') + f' (python {name} --help lists them)')
+        module, (default, *_) = names[key]
+        module[key] = convert(where, key, value, type(default))
+        if where == '--':
+            say(f'Overriding: {key} = {module[key]!r}')
+    script['config'] = {key: module[key] for key, (module, _) in names.items()}
+    script['config_given'] = {key for where, key, _ in overrides if where == '--'}
+
+
+_configure(globals())

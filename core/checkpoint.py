@@ -1,0 +1,117 @@
+"""Checkpoints: one file that says everything about a run, written whole or not at all, and never unpickled beyond tensors."""
+import os
+import shutil
+import sys
+
+import torch
+
+from core.files import atomic, find
+from core.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
+from core.tokens import open_dataset
+from model import GPT, GPTConfig, download_pretrained
+
+
+def save_checkpoint(checkpoint, path):
+    """Write to a temporary name, flush, rename: whatever happens, `path` is a whole checkpoint. A full disk ends the script with one line."""
+    try:
+        with atomic(path) as f:
+            torch.save(checkpoint, f)
+    except (OSError, RuntimeError) as error:
+        old = ' (the checkpoint that was there is still whole)' if os.path.exists(path) else ''
+        sys.exit(f'{path}: could not be saved: {error}{old}')
+
+
+def copy_checkpoint(path, copy):
+    """Give the file a second name: by a link, for nothing, where the file system has links."""
+    temporary = f'{copy}.tmp{os.getpid()}'
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, copy)
+
+
+def load_checkpoint(path, device='cpu'):
+    """A checkpoint, ours or nanoGPT's, as a dict; on the device 'meta' without its tensors' contents, in no time.
+    Ends the script with one line when the file is missing, torn or something else."""
+    if not os.path.exists(path):
+        sys.exit(f'{path}: no such checkpoint; train first, or name its folder by --out_dir or the file by --ckpt')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        state, args = checkpoint['model'], checkpoint['model_args']
+        checkpoint['model'] = {key.removeprefix('_orig_mod.'): value for key, value in state.items()}
+        checkpoint['model_args'] = vars(GPTConfig(**args))
+    except Exception as error:  # torch raises nearly every kind there is for a damaged file
+        sys.exit(f'{path}: not a checkpoint of this program or nanoGPT, or a damaged one ({type(error).__name__}: {str(error).splitlines()[0][:100]})')
+    return checkpoint
+
+
+def checkpoint_path(out_dir, ckpt=''):
+    """
+    The file to sample from: `ckpt` if it is given; else, in the run's folder, best.pt when the run was to keep only the best validation loss
+    (always_save_checkpoint=False), and otherwise ckpt.pt, the last state.
+    """
+    if ckpt:
+        return find(ckpt)
+    last, best = (os.path.join(find(out_dir), name) for name in ('ckpt.pt', 'best.pt'))
+    if not os.path.exists(best):
+        return last
+    if not os.path.exists(last):
+        return best
+    return last if load_checkpoint(last, 'meta').get('config', {}).get('always_save_checkpoint', True) else best
+
+
+def build_model(checkpoint, path, **overrides):
+    """The network of a checkpoint, on the CPU, with some of its arguments (dropout) overridden."""
+    model = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
+    try:
+        model.load_state_dict(checkpoint['model'])
+    except RuntimeError as error:
+        sys.exit(f'{path}: its weights do not fit its model_args: {str(error).splitlines()[1].strip()[:200]}')
+    return model
+
+
+def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
+    """
+    A network, on the CPU: init_from is 'resume' (the run in out_dir, or the file ckpt), a checkpoint file, a run's folder, or a GPT-2 by its
+    name on the Hugging Face hub or its folder. Returns (model, source), the checkpoint or the folder, which source_tokenizer() takes.
+    """
+    folder = find(init_from)
+    if init_from == 'resume':
+        path = checkpoint_path(out_dir, ckpt)
+    elif os.path.isfile(folder):
+        path = folder
+    elif os.path.exists(os.path.join(folder, 'ckpt.pt')):
+        path = checkpoint_path(folder)
+    else:
+        folder = download_pretrained(folder)
+        model = GPT.from_pretrained(folder, dropout)
+        print(f'loaded {init_from}: {describe(model)}')
+        return model, folder
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint, path, dropout=dropout)
+    loss = checkpoint.get('best_val_loss')
+    print(f'loaded {path}: {describe(model)}, step {checkpoint.get("iter_num", "?")}' + (f', best validation loss {float(loss):.4f}' if loss is not None else ''))
+    return model, checkpoint
+
+
+def source_tokenizer(source):
+    """The tokenizer that belongs to what load_model returned. nanoGPT's checkpoints hold none: theirs is that of the dataset folder which
+    they name, and GPT-2's if there is none."""
+    if isinstance(source, str):
+        if not any(os.path.exists(os.path.join(source, name)) for name in ('tokenizer.json', 'vocab.json')):
+            sys.exit(f'{source}: no tokenizer in this folder; say which one, e.g. --tokenizer=gpt2')
+        return load_tokenizer(source)
+    if source.get('tokenizer'):
+        return Tokenizer(source['tokenizer'])
+    name = source.get('config', {}).get('dataset', '')
+    if name and os.path.exists(os.path.join(find(os.path.join('data', name)), 'train.bin')):
+        return open_dataset(name).tokenizer
+    print('no tokenizer in the checkpoint, and no dataset folder for it: taking GPT-2 BPE')
+    return gpt2_tokenizer()
+
+
+def describe(model):
+    """'0.80M parameters (4 layers, 4 heads, 128 wide, context 64)'"""
+    c = model.config
+    return f'{model.num_params() / 1e6:.2f}M parameters ({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size})'

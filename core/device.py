@@ -1,0 +1,159 @@
+"""Device, precision, seeds and processes: set up once, for every script."""
+import ctypes
+import os
+import re
+import shutil
+import signal
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+# Dense 16-bit matrix peak with fp32 accumulation, FLOP/s, from the vendors' data sheets; MFU is shown for these and for no others.
+PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12,
+              'A40': 150e12, 'A30': 165e12, 'A10G': 70e12, 'A10': 125e12, 'A6000': 155e12, 'L40S': 362e12, 'L4': 121e12, 'V100': 125e12,
+              'T4': 65e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+
+
+def fast_bf16_cpu():
+    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX). There they run about 3 to 4 times as fast as fp32
+    ones (docs/RECORDS.md); on other CPUs bf16 is emulated, and slower."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False):
+    """
+    Find the device, join the process group that torchrun announces, seed, and choose the precision.
+    device: 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'. dtype: 'auto', 'float32', 'bfloat16', 'float16'.
+    Returns a namespace: device, device_type, dtype (its name), ctx() (the autocast context), peak_flops (None where unknown),
+    rank, world_size, master (this process prints and saves), ddp.
+    Ends the script with one line when the device or dtype is not to be had.
+    """
+    sys.excepthook = explain
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(encoding='utf-8', errors='replace')  # a Windows console too
+    ddp = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
+    rank, local_rank, world_size = (int(os.environ.get(key, default)) if ddp else default
+                                    for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    master = rank == 0
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+        if master and device == 'cpu' and shutil.which('nvidia-smi'):
+            print('warning: this machine has NVIDIA tools, but this PyTorch sees no GPU, so training runs on the CPU; '
+                  'install a CUDA build of PyTorch to use the card (https://pytorch.org/get-started/locally)')
+    device_type = device.split(':')[0]
+    usable = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
+    if not usable.get(device_type):
+        sys.exit(f'device={device}: ' + ('this PyTorch sees no such device; use --device=' + next(d for d in ('cuda', 'mps', 'cpu') if usable[d])
+                                         if device_type in usable else 'expected auto, cpu, cuda, cuda:N or mps'))
+    if ddp and device_type == 'cuda':
+        device = f'cuda:{local_rank}'
+    if device_type == 'cuda':
+        index = torch.device(device).index or 0
+        if index >= torch.cuda.device_count():
+            sys.exit(f'device={device}: there are only {torch.cuda.device_count()} GPUs here; start at most that many processes')
+        torch.cuda.set_device(index)
+        torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
+    if device_type == 'cpu':
+        keep_freed_memory()
+    if ddp:
+        dist.init_process_group({'cuda': 'nccl'}.get(device_type, 'gloo') if backend == 'auto' else backend)
+
+    if dtype == 'auto':
+        bf16 = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False), 'cpu': lambda: training and fast_bf16_cpu()}
+        dtype = 'bfloat16' if bf16.get(device_type, bool)() else 'float16' if device_type == 'cuda' else 'float32'
+    if dtype not in ('float32', 'bfloat16', 'float16'):
+        sys.exit(f'dtype={dtype}: expected auto, float32, bfloat16 or float16')
+    if dtype == 'float16' and device_type == 'cpu' and training:
+        sys.exit('dtype=float16: CPUs train in bfloat16 or float32; use --dtype=auto')
+    peak = None
+    if device_type == 'cuda' and dtype != 'float32':
+        peak = known_peak(torch.cuda.get_device_name())
+
+    def ctx():
+        return nullcontext() if dtype == 'float32' else torch.autocast(device_type, getattr(torch, dtype))
+
+    torch.manual_seed(seed)
+    return SimpleNamespace(device=device, device_type=device_type, dtype=dtype, ctx=ctx, peak_flops=peak,
+                           rank=rank, world_size=world_size, master=master, ddp=ddp)
+
+
+def known_peak(name):
+    """The peak FLOP/s of the GPU that calls itself `name` ('NVIDIA H100 80GB HBM3'), or None where the table has none."""
+    return next((flops for known, flops in PEAK_FLOPS.items() if re.search(rf'\b{known}\b', name) and 'Laptop' not in name), None)
+
+
+def all_reduce(numbers, run):
+    """The sums of these numbers over all processes, as a float64 tensor on the CPU."""
+    total = torch.as_tensor(numbers, dtype=torch.float64)
+    if run.ddp:
+        total = total.to(run.device)
+        dist.all_reduce(total)
+    return total.cpu()
+
+
+def compile_or_not(model, rows, T, run):
+    """torch.compile, tried out on one batch (rows, T); the model itself, with a warning, where that does not work (no C++ compiler, no Triton)."""
+    if run.master:
+        print('compiling the model... (takes about a minute; --compile=False starts at once)', flush=True)
+    try:
+        compiled = torch.compile(model)
+        idx = torch.zeros(rows, T, dtype=torch.int64, device=run.device)
+        with run.ctx():
+            compiled(idx, idx).sum().backward()
+        model.zero_grad(set_to_none=True)
+        return compiled
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if run.master:
+            print(f'warning: torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]}); going on without it')
+        return model
+
+
+def warn_if_slow(flops, run):
+    """Say so when training will take hours on this CPU."""
+    rate = torch.get_num_threads() * (100e9 if run.dtype == 'bfloat16' else 40e9)  # what small networks reach per core (docs/RECORDS.md)
+    hours = flops / rate / 3600
+    if hours > 1 and run.master:
+        print(f'warning: on this CPU the run will take about {hours:,.0f} hours; config/train_shakespeare_char_cpu.py is made for CPUs and takes minutes')
+
+
+def catch_signals():
+    """From now on SIGINT (Ctrl-C), SIGTERM and SIGUSR1 end no step half-way: they are noted in the .signal of what this returns.
+    A second Ctrl-C ends the script at once."""
+    caught = SimpleNamespace(signal=None)
+
+    def note(number, frame):
+        caught.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), note)
+    return caught
+
+
+def keep_freed_memory():
+    """Tell glibc's malloc to keep what a step frees for the next step, rather than hand it back to the kernel and fault it in again:
+    2,700 page faults and 6 of 33 ms per step for a 0.8M-parameter model. Does nothing where there is no glibc."""
+    try:
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    except (OSError, AttributeError):
+        pass
+
+
+def explain(kind, error, traceback):
+    """The excepthook: what a user can mend gets one line, everything else its traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print('interrupted', file=sys.stderr)
+        os._exit(130)
+    elif issubclass(kind, torch.OutOfMemoryError):
+        print('out of memory on the GPU: lower --batch_size (and raise --gradient_accumulation_steps as much, for the same total batch), '
+              '--block_size, or the size of the network (--n_layer, --n_embd)', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)

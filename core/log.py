@@ -1,0 +1,61 @@
+"""Where the numbers of a run go: log.csv in out_dir, and wandb and TensorBoard if asked."""
+import csv
+import os
+import sys
+
+from core.files import atomic
+
+
+class Log:
+    """log.csv with these columns (the first is the step), continued from step `start` on: rows of a run's lost steps are dropped."""
+
+    def __init__(self, out_dir, columns, start, config):
+        self.columns, self.wandb, self.tensorboard = columns, None, None
+        path, kept = os.path.join(out_dir, 'log.csv'), []
+        if start > 0 and os.path.exists(path):
+            with open(path, encoding='utf-8', newline='') as f:
+                kept = [row for row in csv.DictReader(f, restval='') if row[columns[0]].isdigit() and int(row[columns[0]]) < start]
+        with atomic(path, 'w', newline='') as f:
+            writer = csv.DictWriter(f, columns, extrasaction='ignore')
+            writer.writeheader()
+            writer.writerows(kept)
+        self.file = open(path, 'a', encoding='utf-8', newline='')
+        self.writer = csv.DictWriter(self.file, columns)
+        if config['wandb_log']:
+            self.wandb = start_wandb(config, out_dir)
+        if config['tensorboard_log']:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                sys.exit('tensorboard_log=True needs tensorboard: pip install tensorboard')
+            self.tensorboard = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=start)
+
+    def __call__(self, step, numbers):
+        """Write {name: number} of one step; names as in `columns`."""
+        self.writer.writerow({self.columns[0]: step, **{key: f'{value:.6g}' for key, value in numbers.items()}})
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log({self.columns[0]: step, **numbers})
+        if self.tensorboard:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(key, value, step)
+
+    def close(self):
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+def start_wandb(config, out_dir):
+    """A wandb run; offline, never prompting, where nobody is logged in."""
+    try:
+        import wandb
+    except ImportError:
+        sys.exit('wandb_log=True needs wandb: pip install wandb, or --wandb_log=False')
+    mode = os.environ.get('WANDB_MODE')
+    if not mode and not wandb.api.api_key:
+        mode = 'offline'
+        print('wandb: not logged in, so this run is logged offline; `wandb login` first, or `wandb sync` the folder later')
+    return wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, dir=out_dir, mode=mode)

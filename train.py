@@ -1,0 +1,281 @@
+"""
+Train a GPT: on a CPU, on one GPU, or on many.
+
+    python train.py config/train_shakespeare_char.py                            # whatever this machine has
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py      # 8 GPUs of one machine
+
+On two machines, on the first and on the second (prepend NCCL_IB_DISABLE=1 where there is no InfiniBand):
+
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 --master_port=1234 train.py
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=123.456.123.456 --master_port=1234 train.py
+"""
+import datetime
+import importlib
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from core.checkpoint import build_model, copy_checkpoint, describe, load_checkpoint, load_model, save_checkpoint
+from core.device import all_reduce, catch_signals, compile_or_not, setup, warn_if_slow
+from core.files import find
+from core.log import Log
+from core.optimizer import configure_optimizer, load_optimizer
+from core.tokens import open_dataset
+from model import GPT, GPTConfig
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The defaults train GPT-2 (124M) on OpenWebText
+# I/O
+out_dir = 'out'  # folder of the checkpoints ckpt.pt (last) and best.pt, and of log.csv
+eval_interval = 2000  # evaluate and save every so many steps
+log_interval = 1  # print and log every so many steps
+eval_iters = 200  # evaluate on eval_iters * batch_size evenly spaced windows of each split; -1: on the whole split
+eval_only = False  # evaluate once, then stop
+always_save_checkpoint = True  # sample from the last checkpoint; False: from the one with the best validation loss
+init_from = 'scratch'  # 'scratch', 'resume' (the run in out_dir), 'gpt2' (-medium, -large, -xl), a checkpoint, a run's or a GPT-2's folder
+seed = 1337  # of the weights, the batches and dropout
+# logging, beside out_dir/log.csv
+wandb_log = False  # to wandb; offline where nobody is logged in
+wandb_project = 'owt'  # wandb's project
+wandb_run_name = 'gpt2'  # wandb's name of this run
+tensorboard_log = False  # to out_dir/tensorboard
+# data
+objective = 'next_token'  # what a step minimises: a file in objectives/
+dataset = 'openwebtext'  # a folder in data/
+gradient_accumulation_steps = 5 * 8  # micro-batches in a step, shared out over the processes
+batch_size = 12  # rows in a micro-batch; a step sees batch_size * gradient_accumulation_steps rows on any number of processes
+block_size = 1024  # tokens in a row: the context
+# model
+n_layer = 12  # layers
+n_head = 12  # attention heads in a layer
+n_embd = 768  # width
+dropout = 0.0  # for pretraining 0 is good, for fine-tuning try 0.1 and more
+bias = False  # biases in LayerNorm and Linear layers; without them it is a bit better and faster
+# AdamW
+learning_rate = 6e-4  # the highest it gets
+max_iters = 600000  # steps in all
+weight_decay = 1e-1  # of matrices and embeddings
+beta1 = 0.9  # AdamW's, for the mean of the gradient
+beta2 = 0.95  # AdamW's, for its square; 0.99 where a step sees few tokens
+grad_clip = 1.0  # clip the gradient's norm at this value; 0: do not
+# learning rate
+decay_lr = True  # warm up, then decay by a cosine; False: constant
+warmup_iters = 2000  # steps of warm-up
+lr_decay_iters = 600000  # the step at which it has decayed to min_lr; about max_iters (Hoffmann et al. 2022)
+min_lr = 6e-5  # about learning_rate / 10
+# system
+backend = 'auto'  # of torch.distributed: nccl on CUDA, else gloo
+device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e.g. 'cpu', 'cuda:1'
+dtype = 'auto'  # bfloat16 where the hardware multiplies it, else float16 on CUDA and float32 elsewhere; or say which
+compile = True  # torch.compile: takes a minute to start, then runs faster; falls back where it cannot work
+# ---------------------------------------------------------------------------------------------------------------------------------------
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+
+for key in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'log_interval'):
+    if config[key] < 1:
+        sys.exit(f'{key}={config[key]}: expected at least 1')
+if n_embd % n_head:
+    sys.exit(f'n_embd={n_embd} is not divisible by n_head={n_head}')
+if eval_iters == 0 or not 0 <= dropout < 1:
+    sys.exit(f'eval_iters={eval_iters}, dropout={dropout}: expected eval_iters above 0 or -1 (all), and dropout in [0, 1)')
+
+# --- device, processes, and this process's share of a step
+run = setup(device, dtype, backend, seed, training=True)
+say = print if run.master else lambda *args, **kwargs: None
+total_rows = batch_size * gradient_accumulation_steps
+if total_rows % run.world_size:
+    sys.exit(f'batch_size={batch_size} * gradient_accumulation_steps={gradient_accumulation_steps} = {total_rows} rows '
+             f'cannot be shared out evenly over {run.world_size} processes; change one of the three')
+rows = total_rows // run.world_size
+micro_steps = next(n for n in range(-(-rows // batch_size), rows + 1) if rows % n == 0)  # micro-batches of at most batch_size rows
+micro_rows = rows // micro_steps
+
+# --- data
+task = importlib.import_module(f'objectives.{objective}')
+data = open_dataset(dataset)
+shortest = data.splits['train']
+if shortest <= block_size:
+    sys.exit(f'block_size={block_size} needs more than {block_size} tokens, and {data.folder}/train.bin has {shortest}; use --block_size={max(shortest - 1, 1)} or less')
+out_dir = os.path.expanduser(out_dir)
+if init_from == 'resume':
+    out_dir = find(out_dir)
+try:
+    os.makedirs(out_dir, exist_ok=True)
+    os.close(os.open(os.path.join(out_dir, '.writable'), os.O_CREAT | os.O_WRONLY))
+except OSError as error:
+    sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
+
+# --- model: new, from a checkpoint, or from GPT-2's weights
+iter_num, best_val_loss, checkpoint = 0, float('inf'), None
+shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
+if init_from == 'scratch':
+    vocab_size = data.vocab_size if data.vocab_size <= 4096 else -(-data.vocab_size // 64) * 64  # rows that matrix units like; see model.py
+    model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: config[key] for key in shape}))
+    say(f'new model: {describe(model)}')
+elif init_from == 'resume':
+    path = os.path.join(out_dir, 'ckpt.pt')
+    checkpoint = load_checkpoint(path)
+    for key in shape:
+        if key in config_given and config[key] != checkpoint['model_args'][key]:
+            sys.exit(f'--{key}={config[key]} contradicts {path}, which was trained with {key}={checkpoint["model_args"][key]}; '
+                     'leave it out to resume, or start another run with another --out_dir')
+    model = build_model(checkpoint, path, dropout=dropout)
+    iter_num, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+    say(f'resuming {path} at step {iter_num}: {describe(model)}')
+else:
+    model, _ = load_model(init_from, dropout=dropout)
+    if block_size > model.config.block_size and 'block_size' in config_given:
+        sys.exit(f'--block_size={block_size}: {init_from} was trained with a context of {model.config.block_size}; lower it')
+    model.crop_block_size(min(block_size, model.config.block_size))
+block_size = model.config.block_size
+config.update({key: getattr(model.config, key) for key in shape})  # what is saved is what was used
+if data.vocab_size > model.config.vocab_size:
+    sys.exit(f'dataset={dataset} has {data.vocab_size:,} token ids and the model only {model.config.vocab_size:,}; they need the same tokenizer')
+model.to(run.device)
+optimizer = configure_optimizer(model, weight_decay, learning_rate, (beta1, beta2))
+scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16')  # does nothing unless enabled
+if checkpoint:
+    load_optimizer(optimizer, checkpoint['optimizer'])
+    scaler.load_state_dict(checkpoint.get('scaler', {}) if scaler.is_enabled() else {})
+    checkpoint = None  # free the memory
+
+network = compile_or_not(model, micro_rows, block_size, run) if compile else model  # computes the losses that are differentiated
+if run.ddp:
+    network = DDP(network, device_ids=[run.device] if run.device_type == 'cuda' else None)  # and averages gradients over the processes
+params = list(model.parameters())
+
+
+def load_batches(split, starts, rows):
+    """These rows of a split as batches of at most `rows`."""
+    return (task.load(data, split, starts[i:i + rows], block_size) for i in range(0, len(starts), rows))
+
+
+def to_device(batch):
+    if run.device_type == 'cuda':  # from pinned memory the copy overlaps with computing
+        batch = [x.pin_memory() for x in batch]
+    return [x.to(run.device, non_blocking=True) for x in batch]
+
+
+@torch.no_grad()
+def evaluate():
+    """{'train_loss': ..., 'val_loss': ..., 'train_bpb': ...} on fixed rows, shared out over the processes. Touches no random state."""
+    model.eval()
+    numbers = {}
+    for split, length in data.splits.items():
+        if length > 1:  # a folder without validation tokens trains too
+            starts = task.fixed(data, split, eval_iters * batch_size, block_size)[run.rank::run.world_size]
+            sums = torch.zeros(len(task.MEASURES), 2, dtype=torch.float64)  # of each measure: sum, divisor
+            # a small network takes many rows at once, as long as their logits stay below 4 MB
+            for batch in load_batches(split, starts, max(micro_rows, 2**20 // (block_size * model.config.vocab_size))):
+                with run.ctx():
+                    sums += task.measure(model, to_device(batch), data).cpu()
+            sums = all_reduce(sums, run)
+            numbers.update({f'{split}_{name}': (total / divisor).item() for name, (total, divisor) in zip(task.MEASURES, sums) if divisor})
+    model.train()
+    return numbers
+
+
+def get_lr(it):
+    """Linear warm-up, then half a cosine down to min_lr."""
+    if not decay_lr:
+        return learning_rate
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if it > lr_decay_iters:
+        return min_lr
+    decay_ratio = (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (learning_rate - min_lr)
+
+
+def save(best=False):
+    """ckpt.pt: everything that sampling or going on needs. The random state is (seed, step), see below, so it needs no room of its own."""
+    if run.master:
+        path = os.path.join(out_dir, 'ckpt.pt')
+        save_checkpoint({'model': model.state_dict(), 'model_args': vars(model.config), 'optimizer': optimizer.state_dict(),
+                         'scaler': scaler.state_dict(), 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config,
+                         'tokenizer': data.tokenizer.json if data.tokenizer else ''}, path)
+        if best:
+            copy_checkpoint(path, os.path.join(out_dir, 'best.pt'))
+
+
+# --- the loop
+tokens_per_iter = total_rows * block_size
+say(f'{run.device} {run.dtype}, {run.world_size} process{"es" * (run.world_size > 1)} x {micro_steps} micro-batches x {micro_rows} rows '
+    f'x {block_size} = {tokens_per_iter:,} tokens per iteration; {data.folder}: {data.splits["train"]:,} tokens')
+if run.device_type == 'cpu':
+    warn_if_slow(model.flops_per_token() * tokens_per_iter * (0 if eval_only else max_iters - iter_num), run)
+columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu', *(f'{split}_{name}' for name in task.MEASURES for split in ('train', 'val'))]
+log = Log(out_dir, columns, iter_num, config) if run.master else None
+caught = catch_signals()
+first_iter = iter_num
+started = t0 = time.perf_counter()
+logged_iter = iter_num  # up to here the time of the steps has been printed
+while True:
+    if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
+        numbers = evaluate()
+        say(f'step {iter_num}: ' + ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in numbers.items()), flush=True)
+        best = numbers.get('val_loss', math.inf) < best_val_loss
+        best_val_loss = min(numbers.get('val_loss', math.inf), best_val_loss)
+        if run.master:
+            log(iter_num, numbers)
+        if iter_num > first_iter:
+            save(best)
+        t0, logged_iter = time.perf_counter(), iter_num
+    if iter_num >= max_iters or eval_only:
+        break
+
+    # The batch is that of the seed and the step, the same on any number of processes, and dropout that of the process too: nothing
+    # random is left over from the steps before, so a resumed run goes on exactly as the uninterrupted one.
+    starts = task.draw(data, total_rows, block_size, torch.Generator().manual_seed(seed * 1_000_003 + iter_num))
+    torch.manual_seed((seed * 1_000_003 + iter_num) * 1009 + 1 + run.rank)
+    batches = list(load_batches('train', starts[run.rank * rows:(run.rank + 1) * rows], micro_rows))
+    divisor = all_reduce([sum(task.divisor(batch) for batch in batches)], run).item()  # targets in the whole step, on all processes
+    for group in optimizer.param_groups:
+        group['lr'] = get_lr(iter_num)
+    total_loss = 0.0
+    for i, batch in enumerate(batches):
+        if run.ddp:
+            network.require_backward_grad_sync = i == len(batches) - 1  # average gradients once a step
+        with run.ctx():
+            loss = task.loss(network, to_device(batch))
+        scaler.scale(loss * (run.world_size / divisor)).backward()  # DDP averages over processes; the sum over them is wanted
+        total_loss += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
+    lossf, stop = all_reduce([total_loss / divisor, caught.signal or 0], run).tolist()
+    if not (math.isfinite(lossf) and (scaler.is_enabled() or torch.isfinite(norm))):  # fp16 overflows now and then: the scaler skips those
+        sys.exit(f'step {iter_num}: the loss is {lossf}, the gradient norm {norm.item()}. The checkpoint in {out_dir} is from before; '
+                 'try a lower --learning_rate, a longer --warmup_iters, or --dtype=float32')
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+    if iter_num % log_interval == 0 and run.master:
+        now = time.perf_counter()
+        dt = (now - t0) / (iter_num + 1 - logged_iter)
+        t0, logged_iter = now, iter_num + 1
+        numbers = {'loss': lossf, 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': norm.item(), 'ms': dt * 1000, 'tokens_per_s': tokens_per_iter / dt}
+        if run.peak_flops:
+            numbers['mfu'] = model.flops_per_token() * tokens_per_iter / dt / run.peak_flops / run.world_size
+        left = str(datetime.timedelta(seconds=round(dt * (max_iters - iter_num - 1))))
+        say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms' + (f', mfu {numbers["mfu"] * 100:.2f}%' if 'mfu' in numbers else '')
+            + f', lr {numbers["lr"]:.2e}, norm {numbers["grad_norm"]:.3f}, {numbers["tokens_per_s"]:,.0f} tok/s, left {left}', flush=True)
+        log(iter_num, numbers)
+    iter_num += 1
+    if stop:
+        save()
+        say(f'stopped and saved at step {iter_num}; to go on: the same command with --init_from=resume')
+        break
+
+if run.master:
+    log.close()
+    say(f'{iter_num - first_iter} steps in {datetime.timedelta(seconds=round(time.perf_counter() - started))}, best validation loss {best_val_loss:.4f}, '
+        f'checkpoints in {out_dir}; now: python sample.py --out_dir={out_dir}')
+if run.ddp:
+    torch.distributed.destroy_process_group()
+sys.exit(130 if caught.signal == signal.SIGINT else 0)
