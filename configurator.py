@@ -13,7 +13,7 @@
 
 def _configure(script):
     import ast, difflib, importlib, io, os, sys, tokenize, types
-    from core.files import find
+    from core.files import ROOT, find
     name = os.path.basename(script['__file__'])
 
     def settings_of(module):
@@ -27,14 +27,14 @@ def _configure(script):
                 key = getattr(target, 'id', '_')
                 if not key.startswith('_') and key not in found and isinstance(module.get(key), (bool, int, float, str)):
                     above, column = comments.get(node.lineno - 1, ('', 1))
-                    found[key] = module[key], comments.get(node.end_lineno, ('',))[0], '' if column else above
+                    found[key] = module[key], comments.get(node.end_lineno, ('',))[0], '' if column else above.strip('-')
         return found
 
     def known():
         """The script's settings and, if it has an objective, that objective's: {setting: (module globals, (default, comment, heading))}."""
         found = {key: (script, entry) for key, entry in settings.items()}
         if 'objective' in settings:
-            if not os.path.exists(find(f"objectives/{script['objective']}.py")):
+            if not os.path.exists(os.path.join(ROOT, 'objectives', f"{script['objective']}.py")):
                 sys.exit(f"{name}: objective={script['objective']!r}: there is no objectives/{script['objective']}.py")
             module = vars(importlib.import_module(f"objectives.{script['objective']}"))
             found.update((key, (module, entry)) for key, entry in settings_of(module).items())
@@ -54,13 +54,10 @@ def _configure(script):
             sys.exit(f'{name}: {where}{key}={value!r}: expected ' + {bool: 'True or False', int: 'an int', float: 'a float', str: 'text'}[kind])
         return typed
 
-    say = print if os.environ.get('RANK', '0') == '0' else lambda text: None  # under torchrun every process comes by here
-    settings, overrides, arguments = settings_of(script), [], sys.argv[1:]
-    if {'--help', '-h'} & set(arguments):
-        print((script['__doc__'] or '').strip() + f'\n\nSettings of {name} (--key=value; a config file may set them too):')
-        for key, (module, (default, comment, heading)) in known().items():
-            print(f'\n  {heading}' * bool(heading) + '\n' * bool(heading) + f'  --{key}={default!r}'.ljust(40) + comment)
-        sys.exit(0)
+    settings, overrides = settings_of(script), []
+    arguments = [argument for argument in sys.argv[1:] if argument not in ('--help', '-h')]
+    help_wanted = len(arguments) < len(sys.argv[1:])  # printed at the end, when the objective is known
+    say = print if os.environ.get('RANK', '0') == '0' and not help_wanted else lambda text: None  # under torchrun every process comes by here
     while arguments:
         argument = arguments.pop(0)
         if argument.startswith('--'):
@@ -73,8 +70,9 @@ def _configure(script):
         else:
             path = find(argument)
             if not os.path.isfile(path):
-                sys.exit(f'{name}: no config file {argument}' + (f'; did you mean --{argument}?' if '=' in argument else ' (looked here and in the repository)'))
-            before = {key: script[key] for key in settings}
+                hint = f'; did you mean --{argument.lstrip("-")}?' if '=' in argument else ' (looked here and in the repository)'
+                sys.exit(f'{name}: no config file {argument}{hint}')
+            before = dict(script)  # a config file sees all that the script does, its imports too, as nanoGPT's do
             namespace = dict(before, __file__=path, __name__='config')
             try:
                 exec(open(path, encoding='utf-8').read(), namespace)
@@ -88,10 +86,15 @@ def _configure(script):
                 script[key] = convert(where, key, value, type(settings[key][0]))
         overrides += new
     names = known()
+    if help_wanted:
+        print((script['__doc__'] or '').strip() + f'\n\nSettings of {name} (--key=value; a config file may set them too):')
+        for key, (_, (default, comment, heading)) in names.items():
+            print(f'\n  {heading}' * bool(heading) + '\n' * bool(heading) + f'  --{key}={default!r}'.ljust(39) + f' {comment}')
+        sys.exit(0)
     for where, key, value in overrides:
         if key not in names:
-            near = difflib.get_close_matches(key, names, 1)
-            sys.exit(f'{name}: {where}{key}: no such setting' + (f'; did you mean {near[0]}?' if near else '') + f' (python {name} --help lists them)')
+            near = ''.join(f'; did you mean {near}?' for near in difflib.get_close_matches(key, names, 1))
+            sys.exit(f'{name}: {where}{key}: no such setting{near} (python {name} --help lists them)')
         module, (default, *_) = names[key]
         module[key] = convert(where, key, value, type(default))
         if where == '--':

@@ -239,4 +239,7 @@ def load_weights(folder):
     path = os.path.join(folder, 'pytorch_model.bin')
     if not os.path.exists(path):
         sys.exit(f'{folder}: no weights; expected model.safetensors or pytorch_model.bin')
-    return torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # nearly every kind there is
+        sys.exit(f'{path}: not a file of tensors alone, or a damaged one ({type(error).__name__})')

@@ -31,11 +31,14 @@ device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e
 dtype = 'auto'  # bfloat16 or float16 on CUDA, float32 elsewhere; or say which
 compile = False  # torch.compile: worth its minute only for very many samples
 # ---------------------------------------------------------------------------------------------------------------------------------------
+config = {}  # filled by the next line: every setting with its value
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-if num_samples < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-    sys.exit(f'num_samples={num_samples}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}: '
-             'expected at least 1, 1, 0, 0, and top_p in (0, 1]')
+for key, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0}.items():
+    if config[key] < least:
+        sys.exit(f'{key}={config[key]}: expected at least {least}')
+if not 0 < top_p <= 1:
+    sys.exit(f'top_p={top_p}: expected more than 0 and at most 1')
 run = setup(device, dtype, seed=seed)
 model, source = load_model(init_from, out_dir, ckpt)
 tokens = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)

@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 
 import torch
@@ -74,11 +75,19 @@ device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e
 dtype = 'auto'  # bfloat16 where the hardware multiplies it, else float16 on CUDA and float32 elsewhere; or say which
 compile = True  # torch.compile: takes a minute to start, then runs faster; falls back where it cannot work
 # ---------------------------------------------------------------------------------------------------------------------------------------
+config, config_given = {}, set()  # filled by the next line: every setting with its value, and the names that the command line set
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 for key in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'log_interval'):
     if config[key] < 1:
         sys.exit(f'{key}={config[key]}: expected at least 1')
+for key in ('max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters'):
+    if config[key] < 0:
+        sys.exit(f'{key}={config[key]}: expected at least 0')
+if not 0 <= seed < 2**32:
+    sys.exit(f'seed={seed}: expected at least 0 and less than 2**32')
+if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+    sys.exit(f'beta1={beta1}, beta2={beta2}: expected numbers in [0, 1)')
 if n_embd % n_head:
     sys.exit(f'n_embd={n_embd} is not divisible by n_head={n_head}')
 if eval_iters == 0 or not 0 <= dropout < 1:
@@ -98,17 +107,9 @@ micro_rows = rows // micro_steps
 # --- data
 task = importlib.import_module(f'objectives.{objective}')
 data = open_dataset(dataset)
-shortest = data.splits['train']
-if shortest <= block_size:
-    sys.exit(f'block_size={block_size} needs more than {block_size} tokens, and {data.folder}/train.bin has {shortest}; use --block_size={max(shortest - 1, 1)} or less')
 out_dir = os.path.expanduser(out_dir)
 if init_from == 'resume':
     out_dir = find(out_dir)
-try:
-    os.makedirs(out_dir, exist_ok=True)
-    os.close(os.open(os.path.join(out_dir, '.writable'), os.O_CREAT | os.O_WRONLY))
-except OSError as error:
-    sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
 
 # --- model: new, from a checkpoint, or from GPT-2's weights
 iter_num, best_val_loss, checkpoint = 0, float('inf'), None
@@ -120,6 +121,9 @@ if init_from == 'scratch':
 elif init_from == 'resume':
     path = os.path.join(out_dir, 'ckpt.pt')
     checkpoint = load_checkpoint(path)
+    missing = [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in checkpoint]
+    if missing:
+        sys.exit(f'{path}: no {", ".join(missing)} in it, so it cannot be resumed; to start from its weights: --init_from={path}')
     for key in shape:
         if key in config_given and config[key] != checkpoint['model_args'][key]:
             sys.exit(f'--{key}={config[key]} contradicts {path}, which was trained with {key}={checkpoint["model_args"][key]}; '
@@ -134,15 +138,28 @@ else:
     model.crop_block_size(min(block_size, model.config.block_size))
 block_size = model.config.block_size
 config.update({key: getattr(model.config, key) for key in shape})  # what is saved is what was used
-if data.vocab_size > model.config.vocab_size:
+shortest = data.splits['train']
+if shortest <= block_size:
+    sys.exit(f'block_size={block_size} needs more than {block_size} tokens, and {data.folder}/train.bin has {shortest}; use --block_size={max(shortest - 1, 1)} or less')
+eot_on_top = data.tokenizer is not None and data.tokenizer.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
+if data.vocab_size - eot_on_top > model.config.vocab_size:
     sys.exit(f'dataset={dataset} has {data.vocab_size:,} token ids and the model only {model.config.vocab_size:,}; they need the same tokenizer')
+data.vocab_size = min(data.vocab_size, model.config.vocab_size)  # larger ids are refused when they are met
 model.to(run.device)
 optimizer = configure_optimizer(model, weight_decay, learning_rate, (beta1, beta2))
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16')  # does nothing unless enabled
 if checkpoint:
-    load_optimizer(optimizer, checkpoint['optimizer'])
+    try:
+        load_optimizer(optimizer, checkpoint['optimizer'])
+    except (KeyError, ValueError) as error:
+        sys.exit(f'{path}: its optimizer does not fit its weights ({error}); to start from the weights: --init_from={path}')
     scaler.load_state_dict(checkpoint.get('scaler', {}) if scaler.is_enabled() else {})
     checkpoint = None  # free the memory
+try:
+    os.makedirs(out_dir, exist_ok=True)
+    tempfile.TemporaryFile(dir=out_dir).close()
+except OSError as error:
+    sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
 
 network = compile_or_not(model, micro_rows, block_size, run) if compile else model  # computes the losses that are differentiated
 if run.ddp:
@@ -210,7 +227,7 @@ say(f'{run.device} {run.dtype}, {run.world_size} process{"es" * (run.world_size 
 if run.device_type == 'cpu':
     warn_if_slow(model.flops_per_token() * tokens_per_iter * (0 if eval_only else max_iters - iter_num), run)
 columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu', *(f'{split}_{name}' for name in task.MEASURES for split in ('train', 'val'))]
-log = Log(out_dir, columns, iter_num, config) if run.master else None
+log = Log(out_dir, columns, iter_num, config) if run.master and not eval_only else None
 caught = catch_signals()
 first_iter = iter_num
 started = t0 = time.perf_counter()
@@ -221,7 +238,7 @@ while True:
         say(f'step {iter_num}: ' + ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in numbers.items()), flush=True)
         best = numbers.get('val_loss', math.inf) < best_val_loss
         best_val_loss = min(numbers.get('val_loss', math.inf), best_val_loss)
-        if run.master:
+        if log:
             log(iter_num, numbers)
         if iter_num > first_iter:
             save(best)
@@ -272,7 +289,7 @@ while True:
         say(f'stopped and saved at step {iter_num}; to go on: the same command with --init_from=resume')
         break
 
-if run.master:
+if log:
     log.close()
     say(f'{iter_num - first_iter} steps in {datetime.timedelta(seconds=round(time.perf_counter() - started))}, best validation loss {best_val_loss:.4f}, '
         f'checkpoints in {out_dir}; now: python sample.py --out_dir={out_dir}')

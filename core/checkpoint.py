@@ -1,5 +1,6 @@
 """Checkpoints: one file that says everything about a run, written whole or not at all, and never unpickled beyond tensors."""
 import os
+import pickle
 import shutil
 import sys
 
@@ -17,8 +18,9 @@ def save_checkpoint(checkpoint, path):
         with atomic(path) as f:
             torch.save(checkpoint, f)
     except (OSError, RuntimeError) as error:
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides a full disk behind an error of its own
         old = ' (the checkpoint that was there is still whole)' if os.path.exists(path) else ''
-        sys.exit(f'{path}: could not be saved: {error}{old}')
+        sys.exit(f'{path}: could not be saved: {reason}{old}')
 
 
 def copy_checkpoint(path, copy):
@@ -42,7 +44,8 @@ def load_checkpoint(path, device='cpu'):
         checkpoint['model'] = {key.removeprefix('_orig_mod.'): value for key, value in state.items()}
         checkpoint['model_args'] = vars(GPTConfig(**args))
     except Exception as error:  # torch raises nearly every kind there is for a damaged file
-        sys.exit(f'{path}: not a checkpoint of this program or nanoGPT, or a damaged one ({type(error).__name__}: {str(error).splitlines()[0][:100]})')
+        reason = 'it holds other things than tensors and plain values' if isinstance(error, pickle.UnpicklingError) else str(error).partition('\n')[0]
+        sys.exit(f'{path}: not a checkpoint of this program or nanoGPT, or a damaged one ({type(error).__name__}: {reason[:150]})')
     return checkpoint
 
 
@@ -106,7 +109,7 @@ def source_tokenizer(source):
         return Tokenizer(source['tokenizer'])
     name = source.get('config', {}).get('dataset', '')
     if name and os.path.exists(os.path.join(find(os.path.join('data', name)), 'train.bin')):
-        return open_dataset(name).tokenizer
+        return open_dataset(name).tokenizer or gpt2_tokenizer()  # which says why it cannot be had
     print('no tokenizer in the checkpoint, and no dataset folder for it: taking GPT-2 BPE')
     return gpt2_tokenizer()
 

@@ -15,11 +15,14 @@ class Log:
         if start > 0 and os.path.exists(path):
             with open(path, encoding='utf-8', newline='') as f:
                 kept = [row for row in csv.DictReader(f, restval='') if row[columns[0]].isdigit() and int(row[columns[0]]) < start]
-        with atomic(path, 'w', newline='') as f:
-            writer = csv.DictWriter(f, columns, extrasaction='ignore')
-            writer.writeheader()
-            writer.writerows(kept)
-        self.file = open(path, 'a', encoding='utf-8', newline='')
+        try:
+            with atomic(path, 'w', newline='') as f:
+                writer = csv.DictWriter(f, columns, extrasaction='ignore')
+                writer.writeheader()
+                writer.writerows(kept)
+            self.file = open(path, 'a', encoding='utf-8', newline='')
+        except OSError as error:
+            sys.exit(f'{path}: cannot be written: {error.strerror}')
         self.writer = csv.DictWriter(self.file, columns)
         if config['wandb_log']:
             self.wandb = start_wandb(config, out_dir)
@@ -32,8 +35,11 @@ class Log:
 
     def __call__(self, step, numbers):
         """Write {name: number} of one step; names as in `columns`."""
-        self.writer.writerow({self.columns[0]: step, **{key: f'{value:.6g}' for key, value in numbers.items()}})
-        self.file.flush()
+        try:
+            self.writer.writerow({self.columns[0]: step, **{key: f'{value:.6g}' for key, value in numbers.items()}})
+            self.file.flush()
+        except OSError as error:
+            sys.exit(f'{self.file.name}: cannot be written: {error.strerror}')
         if self.wandb:
             self.wandb.log({self.columns[0]: step, **numbers})
         if self.tensorboard:

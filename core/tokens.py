@@ -26,20 +26,23 @@ def open_dataset(name):
         sys.exit(f'dataset={name}: no {folder}/train.bin; {prepare}')
     dtype = np.dtype('<u2')
     if os.path.exists(f'{folder}/meta.json'):
-        with open(f'{folder}/meta.json', encoding='utf-8') as f:
-            dtype = np.dtype(json.load(f)['dtype']).newbyteorder('<')
+        try:
+            with open(f'{folder}/meta.json', encoding='utf-8') as f:
+                dtype = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}[json.load(f)['dtype']]
+        except (ValueError, KeyError, TypeError) as error:
+            sys.exit(f'{folder}/meta.json: expected {{"dtype": "uint16" or "uint32", ...}}: {type(error).__name__}: {error}; {prepare}')
         tokenizer = load_tokenizer(folder)
         vocab_size = tokenizer.vocab_size
     elif os.path.exists(f'{folder}/meta.pkl'):
         tokenizer = read_meta_pkl(f'{folder}/meta.pkl')
         vocab_size = tokenizer.vocab_size
     else:
-        print(f'warning: {folder} has no meta.json; taking its tokens for GPT-2 BPE', file=sys.stderr)
-        vocab_size, tokenizer = 50257, None
+        vocab_size, tokenizer, without = 50257, None, ''
         try:
             tokenizer = gpt2_tokenizer()
         except SystemExit as error:
-            print(f'warning: training goes on without the tokenizer: {error}', file=sys.stderr)
+            without = f', and going on without the tokenizer: {error}'
+        print(f'warning: {folder} has neither meta.json nor meta.pkl; taking its tokens for GPT-2 BPE{without}', file=sys.stderr)
     splits = {}
     for split in ('train', 'val'):
         path = f'{folder}/{split}.bin'

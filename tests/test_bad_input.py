@@ -1,0 +1,320 @@
+"""Bad input ends a script with one clear line on stderr and a non-zero exit, and leaves nothing half-written behind."""
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, losses_of, run_script
+
+
+def tree(folder):
+    """Everything below a folder: {path: bytes, or None for a folder}."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
+
+
+def refuse(script, *args, names, folder=None, warnings=0):
+    """Run a script that must refuse with one line that has all of `names`, and must not change anything below `folder`."""
+    before = tree(folder) if folder else None
+    result = run_script(script, *args)
+    assert result.code not in (0, None) and result.err, result
+    *above, line = result.err.splitlines()
+    assert len(above) == warnings and all(text.startswith('warning: ') for text in above), result.err
+    assert 'Traceback' not in result.out + result.err
+    assert all(str(name) in line for name in names), line
+    if folder:
+        after = tree(folder)
+        assert sorted(after) == sorted(before)
+        assert after == before
+    return line
+
+
+class Evil:
+    """Unpickled without care, this makes a file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.path}',)
+
+
+@pytest.fixture
+def own_run(tiny_run, tmp_path):
+    """A copy of the tiny run, to be spoilt."""
+    return shutil.copytree(tiny_run, tmp_path / 'run')
+
+
+@pytest.fixture
+def own_data(tiny_data, tmp_path):
+    """A copy of the tiny dataset, to be spoilt."""
+    return shutil.copytree(tiny_data, tmp_path / 'tiny')
+
+# --- settings
+
+
+@pytest.mark.parametrize('args, names', [
+    (['--batchsize=4'], ['batchsize', 'batch_size']),
+    (['--batch_size=4.5'], ["batch_size='4.5'", 'an int']),
+    (['--learning_rate=high'], ["learning_rate='high'", 'a float']),
+    (['--eval_only=perhaps'], ["eval_only='perhaps'", 'True or False']),
+    (['--max_iters'], ['--max_iters', 'needs a value']),
+    (['config/train_shakespear.py'], ['config/train_shakespear.py']),
+    (['--batch_size=0'], ['batch_size=0', 'at least 1']),
+    (['--gradient_accumulation_steps=-1'], ['gradient_accumulation_steps=-1', 'at least 1']),
+    (['--block_size=0'], ['block_size=0', 'at least 1']),
+    (['--n_layer=0'], ['n_layer=0', 'at least 1']),
+    (['--n_head=0'], ['n_head=0', 'at least 1']),
+    (['--n_head=3'], ['n_embd=32', 'n_head=3', 'divisible']),
+    (['--eval_interval=0'], ['eval_interval=0', 'at least 1']),
+    (['--log_interval=0'], ['log_interval=0', 'at least 1']),
+    (['--eval_iters=0'], ['eval_iters=0']),
+    (['--dropout=1'], ['dropout=1.0']),
+    (['--max_iters=-1'], ['max_iters=-1']),
+    (['--learning_rate=-1'], ['learning_rate=-1']),
+    (['--weight_decay=-1'], ['weight_decay=-1']),
+    (['--beta1=1'], ['beta1=1.0']),
+    (['--beta2=-0.5'], ['beta2=-0.5']),
+    (['--grad_clip=-1'], ['grad_clip=-1']),
+    (['--seed=10000000000000000000'], ['seed=10000000000000000000']),
+    (['--device=tpu'], ['device=tpu', 'cpu']),
+    (['--dtype=int8'], ['dtype=int8', 'float32']),
+    (['--dtype=float16'], ['dtype=float16', 'bfloat16']),
+    (['--objective=previous_token'], ['previous_token', 'objectives/']),
+], ids=str)
+def test_settings(tiny_data, tmp_path, args, names):
+    """Unknown names, wrong types and impossible values of train.py's settings."""
+    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', *args, names=names, folder=tmp_path)
+
+
+@pytest.mark.parametrize('text, names', [('batchsize = 4', ['batchsize', 'batch_size']), ("batch_size = '4'", ["batch_size='4'", 'an int'])])
+def test_settings_in_a_file(tiny_data, tmp_path, text, names):
+    """The same from a config file, which the line names."""
+    (tmp_path / 'mine.py').write_text(text)
+    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', tmp_path / 'mine.py',
+           names=['mine.py', *names], folder=tmp_path)
+
+
+@pytest.mark.parametrize('args, names', [
+    (['--num_samples=0'], ['num_samples=0', 'at least 1']),
+    (['--max_new_tokens=0'], ['max_new_tokens=0', 'at least 1']),
+    (['--temperature=-0.5'], ['temperature=-0.5', 'at least 0']),
+    (['--top_k=-1'], ['top_k=-1', 'at least 0']),
+    (['--top_p=0'], ['top_p=0.0', 'more than 0']),
+    (['--top_p=1.5'], ['top_p=1.5', 'at most 1']),
+    (['--start=one €'], ['€', 'U+20AC']),
+    (['--start='], ['start is empty']),
+    (['--start=FILE:no/such.txt'], ['no/such.txt']),
+    (['--tokenizer=no/such.json'], ['no/such.json', 'tokenizer.json']),
+    (['--ckpt=no/such.pt'], ['no/such.pt', '--ckpt']),
+    (['--temprature=1'], ['temprature', 'temperature']),
+], ids=str)
+def test_sampling_settings(tiny_run, args, names):
+    """Impossible values of sample.py's settings, a prompt that the tokenizer cannot spell, and an empty one."""
+    refuse('sample.py', f'--out_dir={tiny_run}', '--device=cpu', '--start=one', *args, names=names)
+
+
+@pytest.mark.parametrize('content, names', [(b'', ['start is empty']), ('one é'.encode('latin-1'), ['prompt.txt', 'UTF-8'])])
+def test_prompt_file(tiny_run, tmp_path, content, names):
+    """An empty prompt file, and one in another encoding."""
+    (tmp_path / 'prompt.txt').write_bytes(content)
+    refuse('sample.py', f'--out_dir={tiny_run}', '--device=cpu', f'--start=FILE:{tmp_path / "prompt.txt"}', names=names)
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+def test_no_cuda(tiny_data, tiny_run, tmp_path, monkeypatch, script):
+    """device=cuda where torch sees none."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    where = [*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}'] if script == 'train.py' else [f'--out_dir={tiny_run}']
+    refuse(script, *where, '--device=cuda', names=['device=cuda', '--device=cpu'], folder=tmp_path)
+
+
+def test_rows_for_three_processes(tiny_data, tmp_path, monkeypatch):
+    """Four rows cannot be shared out over three processes."""
+    for name, value in {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '3'}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: None)  # there are no others to wait for
+    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}',
+           names=['batch_size=4', 'gradient_accumulation_steps=1', '3 processes'], folder=tmp_path)
+
+# --- datasets
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def write_ids(path, *ids):
+    np.array(ids * 100, dtype='<u2').tofile(path)
+
+
+def write_meta_pkl(folder, meta):
+    (folder / 'meta.json').unlink()
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+
+
+DATASETS = {
+    'missing': (shutil.rmtree, ['tiny/train.bin', 'prepare.py']),
+    'empty folder': (lambda d: [path.unlink() for path in d.iterdir()], ['tiny/train.bin', 'prepare.py']),
+    'empty train.bin': (lambda d: cut(d / 'train.bin', 0), ['train.bin is empty', 'prepare.py']),
+    'odd byte': (lambda d: cut(d / 'train.bin', 1001), ['train.bin', '1,001 bytes', 'prepare.py']),
+    'odd byte in val.bin': (lambda d: cut(d / 'val.bin', 1001), ['val.bin', '1,001 bytes', 'prepare.py']),
+    'too short': (lambda d: cut(d / 'train.bin', 64), ['block_size=32', 'train.bin has 32', '--block_size=31']),
+    'ids outside the vocabulary': (lambda d: write_ids(d / 'train.bin', 1, 300), ['train.bin', '300', 'vocabulary of', 'prepare']),
+    'ids outside in val.bin': (lambda d: write_ids(d / 'val.bin', 1, 300), ['val.bin', '300', 'vocabulary of', 'prepare']),
+    'vocabulary beyond uint16': (lambda d: write_meta_pkl(d, {'vocab_size': 70000, 'itos': dict(enumerate(map(chr, range(70000))))}),
+                                 ['meta.pkl', '70,000', 'uint16']),
+    'meta.json of another kind': (lambda d: (d / 'meta.json').write_text('[]'), ['meta.json', 'prepare.py']),
+    'meta.json cut off': (lambda d: cut(d / 'meta.json', 20), ['meta.json', 'prepare.py']),
+    'unknown dtype': (lambda d: (d / 'meta.json').write_text(json.dumps({'dtype': 'text'})), ['meta.json', 'prepare.py']),
+    'no tokenizer.json': (lambda d: (d / 'tokenizer.json').unlink(), ['tiny', 'tokenizer.json']),
+    'meta.pkl of another kind': (lambda d: write_meta_pkl(d, [1, 2]), ['meta.pkl', 'itos']),
+    'meta.pkl cut off': (lambda d: (write_meta_pkl(d, {'vocab_size': 1, 'itos': {0: 'a'}}), cut(d / 'meta.pkl', 10)), ['meta.pkl', 'itos']),
+}
+
+
+@pytest.mark.parametrize('case', DATASETS)
+def test_dataset(own_data, tmp_path, case):
+    """Dataset folders that are missing, torn, too small, or not what their own description says."""
+    spoil, names = DATASETS[case]
+    spoil(own_data)
+    seen_late = 'ids outside' in case  # while reading: the run has begun, but nothing is saved
+    refuse('train.py', *TINY, f'--dataset={own_data}', f'--out_dir={tmp_path / "out"}', names=names, folder=None if seen_late else tmp_path)
+    assert not list(tmp_path.rglob('*.pt*')) and not list(tmp_path.rglob('*.tmp*'))
+
+
+def test_another_tokenizer(own_data, tiny_run):
+    """A checkpoint whose model has fewer token ids than the dataset."""
+    write_meta_pkl(own_data, {'vocab_size': 200, 'itos': {i: chr(i) for i in range(200)}})
+    refuse('train.py', *TINY, f'--dataset={own_data}', f'--out_dir={tiny_run}', '--init_from=resume', names=[own_data, 'tokenizer'], folder=tiny_run)
+
+
+def test_pickled_code_in_a_dataset(own_data, tmp_path):
+    """A meta.pkl that would run a command is not run, and said to be none."""
+    write_meta_pkl(own_data, {'vocab_size': 1, 'itos': {0: 'a'}, 'stoi': Evil(tmp_path / 'touched')})
+    refuse('train.py', *TINY, f'--dataset={own_data}', f'--out_dir={tmp_path / "out"}', names=['meta.pkl', 'system'], folder=tmp_path)
+
+# --- checkpoints
+
+
+def save(path, thing):
+    torch.save(thing, path)
+
+
+def change(path, **entries):
+    save(path, torch.load(path, weights_only=True) | entries)
+
+
+def leave_out(path, *names):
+    checkpoint = torch.load(path, weights_only=True)
+    save(path, {key: value for key, value in checkpoint.items() if key not in names})
+
+
+CHECKPOINTS = {
+    'missing': lambda path: path.unlink(),
+    'empty': lambda path: cut(path, 0),
+    'truncated': lambda path: cut(path, path.stat().st_size // 2),
+    'last byte missing': lambda path: cut(path, path.stat().st_size - 1),
+    'a text': lambda path: path.write_text('not a checkpoint'),
+    'a list': lambda path: save(path, [1, 2]),
+    'weights alone': lambda path: save(path, torch.load(path, weights_only=True)['model']),
+    'no model_args': lambda path: leave_out(path, 'model_args'),
+    'arguments of another program': lambda path: change(path, model_args={'hidden_size': 32}),
+    'weights of another shape': lambda path: change(path, model_args=torch.load(path, weights_only=True)['model_args'] | {'n_embd': 64}),
+    'weights with other names': lambda path: change(path, model={'w': torch.zeros(2)}),
+    'pickled code': lambda path: save(path, {'model': Evil(path.with_name('touched')), 'model_args': {}}),
+    'bare pickled code': lambda path: path.write_bytes(pickle.dumps(Evil(path.with_name('touched')), protocol=2)),
+}
+
+
+@pytest.mark.parametrize('script', ['sample.py', 'train.py'])
+@pytest.mark.parametrize('case', CHECKPOINTS)
+def test_checkpoint(own_run, tiny_data, case, script):
+    """Missing, torn and foreign checkpoints, and those that would run a command; to sample from and to resume."""
+    CHECKPOINTS[case](own_run / 'ckpt.pt')
+    (own_run / 'best.pt').unlink(missing_ok=True)
+    args = ['--start=one'] if script == 'sample.py' else [f'--dataset={tiny_data}', '--init_from=resume', '--batch_size=4', '--compile=False']
+    names = [own_run / 'ckpt.pt'] + ['other things than tensors'] * ('code' in case) + ['train first'] * (case == 'missing')
+    refuse(script, f'--out_dir={own_run}', '--device=cpu', *args, names=names, folder=own_run)
+    assert not (own_run / 'touched').exists()
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda path: leave_out(path, 'optimizer', 'iter_num', 'best_val_loss'),
+    lambda path: change(path, optimizer={}),
+    lambda path: change(path, optimizer={'state': {}, 'param_groups': []}),
+], ids=['weights only', 'empty', 'other groups'])
+def test_checkpoint_without_optimizer(own_run, tiny_data, spoil):
+    """What can be sampled from but not resumed, for want of the optimizer."""
+    spoil(own_run / 'ckpt.pt')
+    assert run_script('sample.py', f'--out_dir={own_run}', '--start=one', '--device=cpu', '--max_new_tokens=1').code == 0
+    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', names=[own_run / 'ckpt.pt'], folder=own_run)
+
+
+def test_resuming_nothing(tiny_data, tmp_path):
+    """A mistyped out_dir to resume is not created."""
+    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "typo"}', '--init_from=resume',
+           names=[tmp_path / 'typo'], folder=tmp_path)
+
+
+@pytest.mark.parametrize('script', ['sample.py', 'train.py'])
+def test_pickled_code_in_pretrained_weights(tiny_data, tmp_path, script):
+    """A GPT-2 folder whose pytorch_model.bin would run a command."""
+    folder = tmp_path / 'pretrained'
+    folder.mkdir()
+    config = {'model_type': 'gpt2', 'n_positions': 32, 'vocab_size': 50, 'n_layer': 1, 'n_head': 1, 'n_embd': 8}
+    (folder / 'config.json').write_text(json.dumps(config))
+    (folder / 'pytorch_model.bin').write_bytes(pickle.dumps({'wte.weight': Evil(tmp_path / 'touched')}, protocol=2))
+    args = ['--device=cpu'] if script == 'sample.py' else [*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}']
+    refuse(script, f'--init_from={folder}', *args, names=['pytorch_model.bin'], folder=tmp_path)
+
+
+@pytest.mark.parametrize('key, value', [('n_layer', 3), ('n_head', 4), ('n_embd', 64), ('block_size', 16), ('bias', True)])
+def test_resume_contradicted(own_run, tiny_data, key, value):
+    """An architecture given on the command line that is not the checkpoint's."""
+    args = [arg for arg in TINY if not arg.startswith(f'--{key}=')]
+    refuse('train.py', *args, f'--{key}={value}', f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume',
+           names=[f'--{key}={value}', own_run / 'ckpt.pt', f'{key}={torch.load(own_run / "ckpt.pt")["model_args"][key]}'], folder=own_run)
+
+
+def test_resume_yields_to_the_checkpoint(own_run, tiny_data, tmp_path):
+    """Defaults and config files do not contradict: the checkpoint's architecture is taken, and noted in the config."""
+    (tmp_path / 'mine.py').write_text('n_layer = 5\nn_head = 5\nn_embd = 320\nblock_size = 64\nbias = True\n')
+    args = [arg for arg in TINY if not arg.startswith(('--n_', '--block_size'))]
+    result = run_script('train.py', tmp_path / 'mine.py', *args, f'--dataset={tiny_data}', f'--out_dir={own_run}',
+                        '--init_from=resume', '--max_iters=5')
+    assert result.code == 0, result.err
+    checkpoint = torch.load(own_run / 'ckpt.pt', weights_only=True)
+    expected = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 32, 'bias': False}
+    assert {key: checkpoint['model_args'][key] for key in expected} == expected == {key: checkpoint['config'][key] for key in expected}
+    assert checkpoint['iter_num'] == 5 and [step for step, _ in losses_of(own_run)] == [0, 1, 2, 3, 4]
+
+# --- disks
+
+
+def test_unwritable_out_dir(tiny_data, tmp_path):
+    """An out_dir below a file, and one that is a file."""
+    (tmp_path / 'file').write_text('')
+    for out_dir in (tmp_path / 'file' / 'out', tmp_path / 'file'):
+        refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={out_dir}', names=[f'out_dir={out_dir}', 'cannot write'], folder=tmp_path)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows has no limit of file sizes')
+@pytest.mark.parametrize('limit', [100, 20000], ids=['log.csv', 'ckpt.pt'])
+def test_full_disk(own_run, tiny_data, limit):
+    """A disk that fills up while log.csv or the checkpoint is written: the old checkpoint survives, loads, and no temporary file stays."""
+    import errno
+    import resource
+    old = (own_run / 'ckpt.pt').read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # larger files cannot be written, and Python ignores the signal
+    try:
+        refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--max_iters=6',
+               names=[own_run / ('log.csv' if limit == 100 else 'ckpt.pt'), os.strerror(errno.EFBIG)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (own_run / 'ckpt.pt').read_bytes() == old and not list(own_run.glob('*.tmp*'))
+    assert run_script('sample.py', f'--out_dir={own_run}', '--start=one', '--device=cpu', '--max_new_tokens=1').code == 0
+    result = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--max_iters=6')
+    assert result.code == 0 and torch.load(own_run / 'ckpt.pt', weights_only=True)['iter_num'] == 6, result.err

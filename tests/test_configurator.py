@@ -1,0 +1,253 @@
+"""The configurator, on a throwaway repository (its own script, objective and config files), and on the real scripts where those matter."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY, run_script
+
+SCRIPT = '''"""
+A toy.
+"""
+import os
+import sys
+
+# input and output
+out_dir = 'out'  # where it goes
+objective = 'plain'  # what is done
+# numbers
+steps = 10  # how many; a whole number
+rate = 0.5  # how fast
+verbose = False  # say more
+note = 'a=b'  # any text
+_hidden = 1
+config, config_given = {}, set()
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+import importlib, json
+from core.files import find
+task = importlib.import_module(f'objectives.{objective}')
+assert all(globals().get(key, getattr(task, key, None)) == value for key, value in config.items())
+print(json.dumps([config, sorted(config_given), getattr(task, 'beta', None), find(out_dir)]))
+'''
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    """The folder of a throwaway repository: toy.py, two objectives, the real configurator."""
+    folder = tmp_path_factory.mktemp('toy')
+    (folder / 'core').mkdir()
+    (folder / 'objectives').mkdir()
+    (folder / 'config').mkdir()
+    shutil.copy(ROOT / 'configurator.py', folder)
+    shutil.copy(ROOT / 'core' / 'files.py', folder / 'core')
+    (folder / 'toy.py').write_text(SCRIPT)
+    (folder / 'objectives' / 'plain.py').write_text('SECRET = [1]\n')
+    (folder / 'objectives' / 'fancy.py').write_text('beta = 0.1  # how far to stray\n')
+    (folder / 'config' / 'small.py').write_text('steps = 3\n')
+    return folder
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    """Calls toy.py from an empty folder that is not the repository's."""
+    def call(*args, **env):
+        return subprocess.run([sys.executable, toy / 'toy.py', *args], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **env})
+    return call
+
+
+def used(result):
+    """What the script ended up with: (config, names given on the command line, the objective's beta, where out_dir was found)."""
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def refusal(result):
+    """The one line with which it refused."""
+    assert result.returncode == 1 and result.stderr.count('\n') == 1, result.stderr
+    return result.stderr
+
+
+DEFAULTS = {'out_dir': 'out', 'objective': 'plain', 'steps': 10, 'rate': 0.5, 'verbose': False, 'note': 'a=b'}
+
+
+def test_defaults(run):
+    """Without arguments: the public plain globals, and nothing else."""
+    assert used(run())[:2] == [DEFAULTS, []]
+
+
+@pytest.mark.parametrize('args, expected', [
+    (['--steps=7'], {'steps': 7}),
+    (['--steps', '7'], {'steps': 7}),
+    (['--steps=1e4'], {'steps': 10000}),
+    (['--steps=-1'], {'steps': -1}),
+    (['--rate=2'], {'rate': 2.0}),
+    (['--rate', '-1e-3'], {'rate': -0.001}),
+    (['--verbose=True'], {'verbose': True}),
+    (['--verbose', 'true'], {'verbose': True}),
+    (['--note=x=y=z'], {'note': 'x=y=z'}),
+    (['--note', 'x=y'], {'note': 'x=y'}),
+    (['--note=--steps=1'], {'note': '--steps=1'}),
+    (['--note='], {'note': ''}),
+    (['--note=3'], {'note': '3'}),
+    (['--note=True'], {'note': 'True'}),
+    (["--note='quoted'"], {'note': "'quoted'"}),
+    (['--note=石头记 one'], {'note': '石头记 one'}),
+    (['--steps=1', '--steps=2'], {'steps': 2}),
+])
+def test_values(run, args, expected):
+    """--key=value and --key value; the type of each value is that of the default."""
+    config, given, *_ = used(run(*args))
+    assert config == DEFAULTS | expected
+    assert {key: type(value) for key, value in config.items()} == {key: type(value) for key, value in DEFAULTS.items()}
+    assert given == list(expected)
+
+
+@pytest.mark.parametrize('args, names', [
+    (['--step=1'], ['step:', 'did you mean steps?']),
+    (['--zzz=1'], ['zzz', '--help']),
+    (['--_hidden=2'], ['_hidden']),
+    (['--config=2'], ['config']),
+    (['--steps=1.5'], ["steps='1.5'", 'an int']),
+    (['--steps=ten'], ["steps='ten'", 'an int']),
+    (['--steps=True'], ['steps', 'an int']),
+    (['--steps=1e999'], ['steps', 'an int']),
+    (['--rate=fast'], ["rate='fast'", 'a float']),
+    (['--verbose=1'], ["verbose='1'", 'True or False']),
+    (['--verbose=maybe'], ["verbose='maybe'", 'True or False']),
+    (['--steps'], ['--steps', 'needs a value']),
+    (['steps=3'], ['steps=3', 'did you mean --steps=3?']),
+    (['-steps=3'], ['-steps=3', 'did you mean --steps=3?']),
+    (['config/big.py'], ['config/big.py', 'no config file']),
+    (['--objective=nothing'], ['nothing', 'objectives/nothing.py']),
+    (['--beta=1'], ['beta']),
+])
+def test_refused_arguments(run, args, names):
+    """What cannot be meant ends the script with a line that names it and what is expected."""
+    line = refusal(run(*args))
+    assert all(name in line for name in names), line
+
+
+@pytest.mark.parametrize('text, names', [
+    ('stepps = 3', ['own.py', 'stepps', 'did you mean steps?']),
+    ('steps = "3"', ['own.py', "steps='3'", 'an int']),
+    ('rate = None', ['own.py', 'rate=None', 'a float']),
+    ('verbose = 1', ['own.py', 'verbose=1', 'True or False']),
+    ('note = 5', ['own.py', 'note=5', 'text']),
+    ('steps = = 3', ['own.py', 'SyntaxError']),
+    ('import nothing_of_that_name', ['own.py', 'nothing_of_that_name']),
+    ('steps = 1 / 0', ['own.py', 'division by zero']),
+])
+def test_refused_config_file(run, tmp_path, text, names):
+    """The same in a config file, which the line names."""
+    (tmp_path / 'own.py').write_text(text + '\n')
+    line = refusal(run('own.py'))
+    assert all(name in line for name in names), line
+
+
+def test_order(run, tmp_path):
+    """Files and arguments apply in the order given; files count as not given on the command line."""
+    (tmp_path / 'own.py').write_text('steps = 3\nrate = 3\n')
+    assert used(run('own.py', '--steps=4'))[:2] == [DEFAULTS | {'steps': 4, 'rate': 3.0}, ['steps']]
+    assert used(run('--steps=4', 'own.py'))[0]['steps'] == 3
+    (tmp_path / 'second.py').write_text('steps = 5\n')
+    assert used(run('own.py', 'second.py'))[0] == DEFAULTS | {'steps': 5, 'rate': 3.0}
+
+
+def test_config_file_is_python(run, tmp_path):
+    """A config file sees earlier settings and the script's imports, and may import, define functions and keep names that start with _."""
+    (tmp_path / 'own.py').write_text('import time, math as m\nfrom os.path import join\n_twice = 2 * steps\n\ndef half(x):\n    return x / 2\n\n'
+                                     'class Nothing:\n    pass\n\nsteps = _twice\nrate = half(m.sqrt(16))\nnote = join(sys.platform and "a", "石")\n')
+    config, *_ = used(run('--steps=21', 'own.py'))
+    assert config == DEFAULTS | {'steps': 42, 'rate': 2.0, 'note': os.path.join('a', '石')}
+
+
+@pytest.mark.parametrize('args', [['--objective=fancy', '--beta=3'], ['--beta=3', '--objective=fancy'], ['own.py'], ['backwards.py'],
+                                  ['--beta=7', 'own.py'], ['other.py', '--objective=fancy']])
+def test_objective_settings(run, tmp_path, args):
+    """The objective's globals are settings, set on its module, wherever the objective itself is named."""
+    (tmp_path / 'own.py').write_text('objective = "fancy"\nbeta = 3\n')
+    (tmp_path / 'backwards.py').write_text('beta = 3\nobjective = "fancy"\n')
+    (tmp_path / 'other.py').write_text('beta = 3\n')
+    config, _, beta, _ = used(run(*args))
+    assert config == DEFAULTS | {'objective': 'fancy', 'beta': 3.0}
+    assert beta == 3.0
+
+
+def test_objective_settings_refused(run):
+    """They are checked like all others."""
+    assert 'did you mean beta?' in refusal(run('--objective=fancy', '--betta=3'))
+    assert "beta='x': expected a float" in refusal(run('--objective=fancy', '--beta=x'))
+
+
+def test_help(run):
+    """--help lists every setting with default, comment and heading, those of the chosen objective too, and does nothing else."""
+    for args in ['--help'], ['-h'], ['--steps=3', '--help', 'config/small.py']:
+        result = run(*args)
+        assert (result.returncode, result.stderr) == (0, '')
+        assert result.stdout.startswith('A toy.\n')
+        lines = [line.strip() for line in result.stdout.splitlines()]
+        assert [re.sub(' {2,}', '  ', line) for line in lines if line.startswith('--')] == [
+            "--out_dir='out'  where it goes", "--objective='plain'  what is done", '--steps=10  how many; a whole number',
+            '--rate=0.5  how fast', '--verbose=False  say more', "--note='a=b'  any text"]
+        assert lines.index('input and output') < lines.index('numbers') and 'Overriding' not in result.stdout
+    assert re.search('--beta=0.1 +how far to stray', run('--help', '--objective=fancy').stdout)
+
+
+def test_overrides_are_said_once(run):
+    """What was overridden is printed, under torchrun by the first process only."""
+    assert 'Overriding: steps = 7\n' in run('--steps=7', RANK='0').stdout
+    assert 'Overriding config with config/small.py\n' in run('config/small.py').stdout
+    assert 'Overriding' not in run('--steps=7', 'config/small.py', RANK='1').stdout
+
+
+def test_paths(run, toy, tmp_path):
+    """Config files and folders are looked for from the caller's folder, then in the repository; ~ is the home folder."""
+    assert used(run('config/small.py'))[0]['steps'] == 3
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config' / 'small.py').write_text('steps = 4\n')
+    assert used(run('config/small.py'))[0]['steps'] == 4
+    assert used(run('~/config/small.py', '--out_dir=~/runs/a', HOME=str(tmp_path), USERPROFILE=str(tmp_path)))[0]['steps'] == 4
+    assert used(run())[3] == 'out'
+    (toy / 'out').mkdir()
+    try:
+        assert used(run())[3] == str(toy / 'out')
+        (tmp_path / 'out').mkdir()
+        assert used(run())[3] == 'out'
+    finally:
+        (toy / 'out').rmdir()
+
+
+PREPARE = [f'data/{name}/prepare.py' for name in ('any_text', 'shakespeare_char', 'shakespeare')]
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', *PREPARE])
+def test_help_of_our_scripts(script, tmp_path):
+    """Each script's --help gives every setting a comment, and starts nothing."""
+    result = run_script(script, '--help', cwd=tmp_path)
+    assert (result.code, result.err, list(tmp_path.iterdir())) == (0, '', [])
+    listed = [line for line in result.out.splitlines() if line.startswith('  --')]
+    source = (ROOT / script).read_text(encoding='utf-8').split('\nexec(open(')[0]
+    assert [re.match('  --([a-z_0-9]+)=', line)[1] for line in listed] == re.findall(r'^([a-z_0-9]+) = (?!{)', source, flags=re.M)
+    assert all(re.fullmatch(r'  --\w+=\S+ +\S.{4,}', line) for line in listed), listed
+    assert '  ---' not in result.out
+
+
+def test_train_and_sample_from_anywhere(tiny_data, tmp_path, monkeypatch):
+    """From another folder: config/ beside the script, data/ and out_dir the caller's, then the repository's; ~ is the home folder."""
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'mine').symlink_to(tiny_data)
+    result = run_script('train.py', 'config/train_shakespeare_char.py', *TINY, '--dataset=mine', '--out_dir=o', '--max_iters=1', cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert (tmp_path / 'o' / 'ckpt.pt').exists()
+    args = '--device=cpu', '--start=one', '--num_samples=1', '--max_new_tokens=2'
+    assert run_script('sample.py', '--out_dir=o', *args, cwd=tmp_path).code == 0
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+    assert run_script('sample.py', '--out_dir=~/o', *args).code == 0
+    result = run_script('train.py', *TINY, '--dataset=~/data/mine', '--out_dir=~/p', '--max_iters=1')
+    assert result.code == 0 and (tmp_path / 'p' / 'ckpt.pt').exists(), result.err
+    assert str(ROOT / 'data' / 'any_text' / 'train.bin') in run_script('train.py', *TINY, '--dataset=any_text', '--out_dir=q', cwd=tmp_path).err
+    assert str(ROOT / 'config' / 'ckpt.pt') in run_script('sample.py', '--device=cpu', '--out_dir=config', cwd=tmp_path).err

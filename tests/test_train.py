@@ -1,0 +1,236 @@
+"""The loop: golden losses, exact resume, any number of processes, evaluation, signals, logging."""
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, losses_of, run_script
+
+from core.checkpoint import build_model, load_checkpoint
+from core.device import known_peak
+
+# losses of the first steps of the tiny run below: whoever changes the network, the data order or the optimizer changes them, and says why
+GOLDEN = []
+
+
+def train(data, out_dir, *args):
+    result = run_script('train.py', *TINY, f'--dataset={data}', f'--out_dir={out_dir}', *args)
+    assert result.code == 0, result.err
+    return result.out
+
+
+def weights_of(out_dir, name='ckpt.pt'):
+    return load_checkpoint(str(out_dir / name))['model']
+
+
+def test_golden_losses(tiny_data, tmp_path):
+    train(tiny_data, tmp_path, '--max_iters=20')
+    assert [loss for _, loss in losses_of(tmp_path)] == pytest.approx(GOLDEN, abs=2e-4)
+
+
+def test_it_learns(tiny_data, tmp_path):
+    train(tiny_data, tmp_path, '--max_iters=300', '--lr_decay_iters=300', '--learning_rate=1e-2', '--min_lr=1e-3', '--batch_size=16', '--eval_interval=100')
+    assert losses_of(tmp_path, 'val_loss')[-1][1] < 0.9  # from ln(17) = 2.8
+    text = run_script('sample.py', f'--out_dir={tmp_path}', '--start=one', '--num_samples=1', '--temperature=0.5', '--max_new_tokens=300').out
+    words = text.split('\none', 1)[1].split()[1:-1]
+    known = set('zero one two three four five six seven eight nine'.split())
+    assert sum(word in known for word in words) > 0.9 * len(words)
+
+
+def test_resume_is_exact(tiny_data, tmp_path):
+    """Ten steps, with dropout, against four and then six more: same losses, same weights, bit for bit, and a log without gaps."""
+    args = '--dropout=0.2', '--gradient_accumulation_steps=2', '--eval_interval=4'
+    train(tiny_data, tmp_path / 'whole', *args, '--max_iters=10')
+    train(tiny_data, tmp_path / 'parts', *args, '--max_iters=4')
+    out = train(tiny_data, tmp_path / 'parts', *args, '--max_iters=10', '--init_from=resume')
+    assert 'at step 4' in out
+    for column in ('loss', 'grad_norm', 'lr', 'val_loss', 'train_bpb'):
+        assert losses_of(tmp_path / 'whole', column) == losses_of(tmp_path / 'parts', column)
+    whole, parts = weights_of(tmp_path / 'whole'), weights_of(tmp_path / 'parts')
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_the_batch_does_not_depend_on_accumulation(tiny_data, tmp_path):
+    train(tiny_data, tmp_path / 'a', '--batch_size=12')
+    train(tiny_data, tmp_path / 'b', '--batch_size=3', '--gradient_accumulation_steps=4', '--eval_iters=8')
+    assert [x for _, x in losses_of(tmp_path / 'a')] == pytest.approx([x for _, x in losses_of(tmp_path / 'b')], abs=2e-6)
+    assert losses_of(tmp_path / 'a', 'val_loss')[-1][1] == pytest.approx(losses_of(tmp_path / 'b', 'val_loss')[-1][1], abs=2e-6)
+
+
+@pytest.mark.parametrize('split_up', [['--gradient_accumulation_steps=2'], ['--batch_size=6']], ids=['micro-batches', 'rows'])
+def test_two_processes_equal_one(split_up, tiny_data, tmp_path):
+    args = [*TINY, f'--dataset={tiny_data}', '--eval_iters=-1', *split_up]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'), *args, f'--out_dir={tmp_path / "two"}']
+    subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=ROOT)
+    train(tiny_data, tmp_path / 'one', '--eval_iters=-1', *split_up)
+    for column in ('loss', 'val_loss', 'val_bpb'):
+        one, two = losses_of(tmp_path / 'one', column), losses_of(tmp_path / 'two', column)
+        assert [x for _, x in one] == pytest.approx([x for _, x in two], abs=1e-6) and one
+    one, two = weights_of(tmp_path / 'one'), weights_of(tmp_path / 'two')
+    assert all((one[key] - two[key]).abs().max() < 1e-5 for key in one)
+
+
+def test_full_validation_is_the_mean_over_every_token(tiny_data, tiny_run):
+    """Against a loop that looks at one token at a time, with the context that its window gives it."""
+    out = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tiny_run}', '--init_from=resume', '--eval_only=True', '--eval_iters=-1').out
+    printed = dict(re.findall(r'(val \w+) ([\d.]+)', out))
+    checkpoint = load_checkpoint(str(tiny_run / 'ckpt.pt'))
+    model = build_model(checkpoint, 'x').eval()
+    ids = torch.from_numpy(np.fromfile(tiny_data / 'val.bin', '<u2').astype(np.int64))
+    total = 0.0
+    for start in range(0, len(ids) - 1, 32):
+        window = ids[start:start + 33]
+        total -= torch.log_softmax(model(window[None, :-1])[0].double(), -1)[range(len(window) - 1), window[1:]].sum().item()
+    assert float(printed['val loss']) == pytest.approx(total / (len(ids) - 1), abs=1e-4)
+    assert float(printed['val bpb']) == pytest.approx(total / (len(ids) - 1) / math.log(2), abs=1e-4)  # ASCII: a byte a token
+
+
+def test_evaluation_does_not_disturb_training(tiny_data, tmp_path):
+    train(tiny_data, tmp_path / 'often', '--dropout=0.1', '--eval_interval=1')
+    train(tiny_data, tmp_path / 'seldom', '--dropout=0.1', '--eval_interval=100')
+    assert losses_of(tmp_path / 'often') == losses_of(tmp_path / 'seldom')
+
+
+def test_max_iters_updates_exactly(tiny_data, tmp_path):
+    train(tiny_data, tmp_path, '--max_iters=7')
+    assert [step for step, _ in losses_of(tmp_path)] == list(range(7))
+    assert load_checkpoint(str(tmp_path / 'ckpt.pt'))['iter_num'] == 7
+
+
+def test_best_and_last(tiny_data, tmp_path):
+    """A learning rate that ruins what was learnt: best.pt keeps the best, and sampling takes it if the run was to keep only that."""
+    args = '--eval_interval=10', '--max_iters=40', '--learning_rate=3e-2', '--eval_iters=-1'
+    train(tiny_data, tmp_path, *args, '--max_iters=30', '--lr_decay_iters=30', '--always_save_checkpoint=False')
+    train(tiny_data, tmp_path, *args, '--max_iters=40', '--learning_rate=3.0', '--decay_lr=False', '--init_from=resume', '--always_save_checkpoint=False')
+    losses = dict(losses_of(tmp_path, 'val_loss'))
+    best = load_checkpoint(str(tmp_path / 'best.pt'))
+    assert losses[best['iter_num']] == pytest.approx(min(losses.values())) and best['iter_num'] < 40
+    assert 'best.pt' in run_script('sample.py', f'--out_dir={tmp_path}', '--max_new_tokens=2').out
+    assert 'ckpt.pt' in run_script('sample.py', f'--out_dir={tmp_path}', f'--ckpt={tmp_path / "ckpt.pt"}', '--max_new_tokens=2').out
+
+
+def test_non_finite_loss_stops_and_names_the_step(tiny_data, tmp_path):
+    result = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', '--learning_rate=1e30', '--max_iters=20')
+    assert result.code == 1 and re.match(r'step \d+: the loss is nan|step \d+: the loss is', result.err) and 'Traceback' not in result.err
+    assert not (tmp_path / 'ckpt.pt').exists()
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
+@pytest.mark.parametrize('name,code', [('SIGINT', 130), ('SIGTERM', 0)])
+def test_signals_save_and_say_how_to_go_on(name, code, tiny_data, tmp_path):
+    command = [sys.executable, 'train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', '--max_iters=1000000']
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8')
+    deadline = time.time() + 60
+    while not (tmp_path / 'log.csv').exists() or len(losses_of(tmp_path)) < 5:
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and '--init_from=resume' in out and 'Traceback' not in err
+    step = load_checkpoint(str(tmp_path / 'ckpt.pt'))['iter_num']
+    assert losses_of(tmp_path)[-1][0] == step - 1  # the step was finished, and nothing is lost
+
+
+def test_init_from_a_checkpoint_starts_anew(tiny_data, tiny_run, tmp_path):
+    out = train(tiny_data, tmp_path, f'--init_from={tiny_run}', '--learning_rate=0.0', '--min_lr=0.0')
+    assert f'loaded {tiny_run}' in out and losses_of(tmp_path)[0][0] == 0
+    assert losses_of(tmp_path, 'val_loss')[0][1] == losses_of(tiny_run, 'val_loss')[-1][1]  # the same weights, and the schedule from its start
+
+
+def test_init_from_gpt2_folder(tmp_path):
+    """Fine-tuning real GPT-2 layout: weights from a folder, tokens of the dataset, block_size cropped."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(5)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50257, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / 'gpt2')
+    data = tmp_path / 'data'
+    data.mkdir()
+    np.random.default_rng(0).integers(0, 50257, 500).astype('<u2').tofile(data / 'train.bin')
+    (data / 'train.bin').rename(data / 'val.bin')
+    np.random.default_rng(1).integers(0, 50257, 500).astype('<u2').tofile(data / 'train.bin')
+    out = train(data, tmp_path / 'out', f'--init_from={tmp_path / "gpt2"}', '--max_iters=2')
+    assert f'loaded {tmp_path / "gpt2"}' in out
+    args = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))['model_args']
+    assert args['block_size'] == 32 and args['activation'] == 'gelu_tanh' and args['n_embd'] == 16
+
+
+def test_a_folder_without_validation_trains(tiny_data, tmp_path):
+    from core.prepare import read_documents, write_dataset
+    write_dataset(str(tmp_path / 'data'), lambda: read_documents(str(tiny_data / 'input.txt')), 'char', val_fraction=0.0)
+    out = train(tmp_path / 'data', tmp_path / 'out')
+    assert 'val loss' not in out and (tmp_path / 'out' / 'ckpt.pt').exists() and not (tmp_path / 'out' / 'best.pt').exists()
+
+
+def test_bf16_on_the_cpu_is_close_to_fp32(tiny_data, tmp_path):
+    train(tiny_data, tmp_path / 'a', '--max_iters=20')
+    train(tiny_data, tmp_path / 'b', '--max_iters=20', '--dtype=bfloat16')
+    a, b = ([x for _, x in losses_of(tmp_path / name)] for name in 'ab')
+    assert a != b and a == pytest.approx(b, abs=0.03)
+
+
+def test_compile_falls_back(tiny_data, tmp_path, monkeypatch):
+    def broken(model):
+        raise RuntimeError('no compiler')
+    monkeypatch.setattr(torch, 'compile', broken)
+    out = train(tiny_data, tmp_path / 'a', '--compile=True')
+    assert out.count('torch.compile does not work here') == 1
+    train(tiny_data, tmp_path / 'b')
+    assert losses_of(tmp_path / 'a') == losses_of(tmp_path / 'b')
+
+
+@pytest.mark.slow
+def test_compile_gives_the_same_losses(tiny_data, tmp_path):
+    out = train(tiny_data, tmp_path / 'a', '--compile=True')
+    if 'does not work here' in out:
+        pytest.skip('no compiler here')
+    train(tiny_data, tmp_path / 'b')
+    assert [x for _, x in losses_of(tmp_path / 'a')] == pytest.approx([x for _, x in losses_of(tmp_path / 'b')], abs=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_cuda(dtype, tiny_data, tmp_path):
+    train(tiny_data, tmp_path / 'cpu', '--max_iters=10')
+    train(tiny_data, tmp_path / 'gpu', '--max_iters=10', '--device=cuda', f'--dtype={dtype}')
+    cpu, gpu = ([x for _, x in losses_of(tmp_path / name)] for name in ('cpu', 'gpu'))
+    assert cpu == pytest.approx(gpu, abs=2e-3 if dtype == 'float32' else 5e-2)
+
+
+def test_wandb_goes_offline_without_a_login(tiny_data, tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    for name in ('WANDB_MODE', 'WANDB_API_KEY'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('NETRC', str(tmp_path / 'nobody'))
+    out = train(tiny_data, tmp_path, '--wandb_log=True')
+    assert 'offline' in out
+    files = list(tmp_path.glob('wandb/offline-run*/*.wandb'))
+    assert len(files) == 1 and files[0].stat().st_size > 1000
+
+
+def test_tensorboard(tiny_data, tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(tiny_data, tmp_path, '--tensorboard_log=True')
+    events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+    assert [(e.step, pytest.approx(e.value, abs=1e-5)) for e in events.Scalars('loss')] == losses_of(tmp_path)
+
+
+def test_known_peaks():
+    assert known_peak('NVIDIA H100 80GB HBM3') == 989e12
+    assert known_peak('NVIDIA H100 PCIe') == 756e12
+    assert known_peak('NVIDIA A100-SXM4-80GB') == 312e12
+    assert known_peak('NVIDIA L4') == 121e12
+    assert known_peak('NVIDIA L40S') == 362e12
+    assert known_peak('NVIDIA GeForce RTX 4090') == 165e12
+    for unknown in ('NVIDIA L40', 'NVIDIA GeForce RTX 4090 Laptop GPU', 'NVIDIA GeForce GTX 1080'):
+        assert known_peak(unknown) is None
+
+
+def test_a_gpu_sized_run_on_a_cpu_is_announced(tiny_data, tmp_path):
+    out = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', '--max_iters=100000000', '--learning_rate=1e30').out  # which stops
+    assert re.search(r'about [\d,]+ hours', out) and 'train_shakespeare_char_cpu.py' in out
