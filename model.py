@@ -41,20 +41,23 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
-def attention(q, k, v, dropout):
+def attention(qkv, dropout, plain=None):
     """
-    Causal softmax attention, q k v -> y, all (B, nh, T, hs).
-    Everywhere PyTorch's fused kernel, but for one corner that measurements in docs/RECORDS.md mark out: on CPUs its backward is
-    2 to 5 times slower in bf16 than three plain operations, up to T of about 512.
+    Causal softmax attention: queries, keys and values (3, B, nh, T, hs) -> (B, nh, T, hs).
+    By PyTorch's fused kernel, but for one corner that measurements mark out (docs/RECORDS.md): on CPUs its backward is 1.5 to 5 times slower
+    in bf16 than three plain operations, up to T of about 512. `plain` overrules that.
     """
-    T, hs = q.shape[-2:]
-    if not (q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()):
+    _, B, nh, T, hs = qkv.shape
+    if plain is None:
+        plain = qkv.device.type == 'cpu' and qkv.dtype == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
+    if not plain:
+        q, k, v = qkv
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    q, k, v = (x.reshape(-1, T, hs) for x in (q, k, v))  # (B * nh, T, hs)
-    mask = q.new_full((T, T), float('-inf')).triu(1)
-    att = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs))  # (B * nh, T, T)
+    q, k, v = qkv.reshape(3, B * nh, T, hs)  # one copy, of all three
+    future = q.new_full((T, T), float('-inf')).triu(1)
+    att = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs))  # (B * nh, T, T)
     att = F.dropout(F.softmax(att, dim=-1), dropout)
-    return att @ v
+    return (att @ v).view(B, nh, T, hs)
 
 
 class CausalSelfAttention(nn.Module):
@@ -67,9 +70,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
-        y = attention(q, k, v, self.dropout if self.training else 0.0)
-        y = y.view(B, self.n_head, T, -1).transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+        y = attention(qkv, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 

@@ -22,10 +22,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from core.checkpoint import build_model, copy_checkpoint, describe, load_checkpoint, load_model, save_checkpoint
-from core.device import all_reduce, catch_signals, compile_or_not, setup, warn_if_slow
+from core.device import all_reduce, catch_signals, compile_or_not, reseed, setup, warn_if_slow
 from core.files import find
 from core.log import Log
-from core.optimizer import configure_optimizer, load_optimizer
+from core.optimizer import configure_optimizer
 from core.tokens import open_dataset
 from model import GPT, GPTConfig
 
@@ -150,10 +150,11 @@ optimizer = configure_optimizer(model, weight_decay, learning_rate, (beta1, beta
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16')  # does nothing unless enabled
 if checkpoint:
     try:
-        load_optimizer(optimizer, checkpoint['optimizer'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
     except (KeyError, ValueError) as error:
         sys.exit(f'{path}: its optimizer does not fit its weights ({error}); to start from the weights: --init_from={path}')
-    scaler.load_state_dict(checkpoint.get('scaler', {}) if scaler.is_enabled() else {})
+    if scaler.is_enabled() and checkpoint.get('scaler'):
+        scaler.load_state_dict(checkpoint['scaler'])
     checkpoint = None  # free the memory
 try:
     os.makedirs(out_dir, exist_ok=True)
@@ -187,8 +188,8 @@ def evaluate():
         if length > 1:  # a folder without validation tokens trains too
             starts = task.fixed(data, split, eval_iters * batch_size, block_size)[run.rank::run.world_size]
             sums = torch.zeros(len(task.MEASURES), 2, dtype=torch.float64)  # of each measure: sum, divisor
-            # a small network takes many rows at once, as long as their logits stay below 4 MB
-            for batch in load_batches(split, starts, max(micro_rows, 2**20 // (block_size * model.config.vocab_size))):
+            # a small network takes many rows at once, as long as their logits stay below 1 MB
+            for batch in load_batches(split, starts, max(micro_rows, 2**18 // (block_size * model.config.vocab_size))):
                 with run.ctx():
                     sums += task.measure(model, to_device(batch), data).cpu()
             sums = all_reduce(sums, run)
@@ -249,9 +250,10 @@ while True:
     # The batch is that of the seed and the step, the same on any number of processes, and dropout that of the process too: nothing
     # random is left over from the steps before, so a resumed run goes on exactly as the uninterrupted one.
     starts = task.draw(data, total_rows, block_size, torch.Generator().manual_seed(seed * 1_000_003 + iter_num))
-    torch.manual_seed((seed * 1_000_003 + iter_num) * 1009 + 1 + run.rank)
+    if dropout:
+        reseed((seed * 1_000_003 + iter_num) * 1009 + 1 + run.rank, run)
     batches = list(load_batches('train', starts[run.rank * rows:(run.rank + 1) * rows], micro_rows))
-    divisor = all_reduce([sum(task.divisor(batch) for batch in batches)], run).item()  # targets in the whole step, on all processes
+    divisor = all_reduce([sum(int(task.divisor(batch)) for batch in batches)], run).item()  # targets in the whole step, on all processes
     for group in optimizer.param_groups:
         group['lr'] = get_lr(iter_num)
     total_loss = 0.0
@@ -264,19 +266,20 @@ while True:
         total_loss += loss.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    lossf, stop = all_reduce([total_loss / divisor, caught.signal or 0], run).tolist()
-    if not (math.isfinite(lossf) and (scaler.is_enabled() or torch.isfinite(norm))):  # fp16 overflows now and then: the scaler skips those
-        sys.exit(f'step {iter_num}: the loss is {lossf}, the gradient norm {norm.item()}. The checkpoint in {out_dir} is from before; '
+    norm = norm.item()
+    lossf, stop = all_reduce([total_loss.item() / divisor, caught.signal or 0], run).tolist()
+    if not (math.isfinite(lossf) and (scaler.is_enabled() or math.isfinite(norm))):  # fp16 overflows now and then: the scaler skips those
+        sys.exit(f'step {iter_num}: the loss is {lossf}, the gradient norm {norm}. The checkpoint in {out_dir} is from before; '
                  'try a lower --learning_rate, a longer --warmup_iters, or --dtype=float32')
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
 
     if iter_num % log_interval == 0 and run.master:
         now = time.perf_counter()
         dt = (now - t0) / (iter_num + 1 - logged_iter)
         t0, logged_iter = now, iter_num + 1
-        numbers = {'loss': lossf, 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': norm.item(), 'ms': dt * 1000, 'tokens_per_s': tokens_per_iter / dt}
+        numbers = {'loss': lossf, 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': norm, 'ms': dt * 1000, 'tokens_per_s': tokens_per_iter / dt}
         if run.peak_flops:
             numbers['mfu'] = model.flops_per_token() * tokens_per_iter / dt / run.peak_flops / run.world_size
         left = str(datetime.timedelta(seconds=round(dt * (max_iters - iter_num - 1))))

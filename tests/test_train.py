@@ -16,7 +16,8 @@ from core.checkpoint import build_model, load_checkpoint
 from core.device import known_peak
 
 # losses of the first steps of the tiny run below: whoever changes the network, the data order or the optimizer changes them, and says why
-GOLDEN = []
+GOLDEN = [2.8880, 2.8674, 2.7953, 2.7681, 2.7703, 2.7238, 2.7196, 2.6842, 2.6576, 2.6344,
+          2.6076, 2.6000, 2.5986, 2.5817, 2.5399, 2.5415, 2.5619, 2.4948, 2.5053, 2.4530]
 
 
 def train(data, out_dir, *args):

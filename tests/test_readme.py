@@ -1,0 +1,78 @@
+"""The commands of both READMEs, as written, in a copy of the repository: their sizes cut by overrides, a tiny GPT-2 instead of the hub's."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import MIRROR, ROOT
+
+SMALL = ['--max_iters=2', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=2', '--n_layer=1', '--n_head=1', '--n_embd=16',
+         '--block_size=16', '--compile=False', '--wandb_log=False']
+BY_MAKE = ('git clone', 'make ', 'python3 -m venv', '. .venv', 'pip install')  # `make` runs these, and test_demo below runs `make demo`
+
+
+def commands(readme):
+    text = (ROOT / readme).read_text(encoding='utf-8')
+    return [line for block in re.findall(r'```sh\n(.*?)```', text, re.DOTALL) for line in block.splitlines()]
+
+
+def test_both_readmes_have_the_same_commands_and_figures():
+    assert commands('README.md') == commands('README.zh.md')
+    tables = [re.findall(r'\d[\d.,]*', text[text.index('docs/RECORDS.md'):]) for text in ((ROOT / name).read_text(encoding='utf-8') for name in ('README.md', 'README.zh.md'))]
+    assert tables[0] == tables[1]
+
+
+def test_every_file_they_name_is_there():
+    for readme in ('README.md', 'README.zh.md'):
+        for name in re.findall(r'(?:config|data|docs)/[\w./-]+\.(?:py|md)', (ROOT / readme).read_text(encoding='utf-8')):
+            assert (ROOT / name).exists(), name
+
+
+@pytest.mark.network
+def test_commands_run(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    house = tmp_path / 'stonegpt'
+    shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns('.git', '.venv*', 'out*', '*.bin', 'meta.*', 'tokenizer.json', 'input.txt', '__pycache__'))
+    GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / 'gpt2')
+    (house / 'my.txt').write_text('The quick brown fox jumps over the lazy dog.\n' * 50, encoding='utf-8')
+    environment = {**os.environ, 'DATA_MIRROR': str(MIRROR) if MIRROR.exists() else '', 'OMP_NUM_THREADS': '1'}
+    done = set()
+    for command in commands('README.md'):
+        if command in done or command.startswith(BY_MAKE):
+            continue
+        done.add(command)
+        words = shlex.split(command)
+        if 'train.py' in words and '--help' not in words:
+            words += SMALL
+        if '--init_from=gpt2' in words:
+            words += [f'--init_from={tmp_path / "gpt2"}']
+        if 'config/train_gpt2.py' in words:
+            words += ['--dataset=shakespeare', '--device=cpu']
+        if 'sample.py' in words and '--help' not in words:
+            words += ['--max_new_tokens=4', '--num_samples=2']
+        words = [word.replace('=8', '=2') if word.startswith('--nproc') else word for word in words]
+        words = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run']}[words[0]] + words[1:]
+        result = subprocess.run(words, cwd=house, env=environment, capture_output=True, text=True, encoding='utf-8', timeout=300)
+        assert result.returncode == 0, f'{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}'
+    assert len(done) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_demo(tmp_path):
+    """`make demo` in a fresh copy, with the packages of this environment: trained to the loss that the README states, and it writes a play."""
+    house = tmp_path / 'stonegpt'
+    shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns('.git', '.venv*', 'out*', '*.bin', 'meta.*', 'tokenizer.json', 'input.txt', '__pycache__'))
+    venv = os.path.dirname(os.path.dirname(os.path.abspath(sys.executable)))
+    if not os.path.exists(os.path.join(venv, 'installed')):
+        pytest.skip('not an environment that make made')
+    result = subprocess.run(['make', 'demo', f'VENV={venv}', '-o', f'{venv}/installed'], cwd=house, capture_output=True, text=True, encoding='utf-8', timeout=900)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert float(re.search(r'best validation loss ([\d.]+)', result.stdout)[1]) <= 1.80
+    sample = result.stdout[result.stdout.index('ROMEO:\n'):]
+    words = re.findall(r"[a-z']+", sample.lower())
+    known = set(re.findall(r"[a-z']+", (house / 'data/shakespeare_char/input.txt').read_text(encoding='utf-8').lower()))
+    assert len(sample) > 500 and sample.count(':\n') >= 2 and sum(word in known for word in words) > 0.75 * len(words)
