@@ -15,6 +15,9 @@ def _configure(script):
     import ast, difflib, importlib, io, os, sys, tokenize, types
     from core.files import ROOT, find
     name = os.path.basename(script['__file__'])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(encoding='utf-8', errors='replace')  # a Windows console too
 
     def settings_of(module):
         """{setting: (default, comment, heading)} of a module's globals: its top-level assignments of plain values to public names."""

@@ -94,8 +94,7 @@ if eval_iters == 0 or not 0 <= dropout < 1:
     sys.exit(f'eval_iters={eval_iters}, dropout={dropout}: expected eval_iters above 0 or -1 (all), and dropout in [0, 1)')
 
 # --- device, processes, and this process's share of a step
-run = setup(device, dtype, backend, seed, training=True)
-say = print if run.master else lambda *args, **kwargs: None
+run = setup(device, dtype, backend, seed, training=True)  # from here on only the first process prints
 total_rows = batch_size * gradient_accumulation_steps
 if total_rows % run.world_size:
     sys.exit(f'batch_size={batch_size} * gradient_accumulation_steps={gradient_accumulation_steps} = {total_rows} rows '
@@ -115,9 +114,9 @@ if init_from == 'resume':
 iter_num, best_val_loss, checkpoint = 0, float('inf'), None
 shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
 if init_from == 'scratch':
-    vocab_size = data.vocab_size if data.vocab_size <= 4096 else -(-data.vocab_size // 64) * 64  # rows that matrix units like; see model.py
+    vocab_size = data.vocab_size if data.vocab_size <= 4096 else -(-data.vocab_size // 64) * 64  # a multiple of 64, which matrix units like
     model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: config[key] for key in shape}))
-    say(f'new model: {describe(model)}')
+    print(f'new model: {describe(model)}')
 elif init_from == 'resume':
     path = os.path.join(out_dir, 'ckpt.pt')
     checkpoint = load_checkpoint(path)
@@ -130,7 +129,7 @@ elif init_from == 'resume':
                      'leave it out to resume, or start another run with another --out_dir')
     model = build_model(checkpoint, path, dropout=dropout)
     iter_num, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
-    say(f'resuming {path} at step {iter_num}: {describe(model)}')
+    print(f'resuming {path} at step {iter_num}: {describe(model)}')
 else:
     model, _ = load_model(init_from, dropout=dropout)
     if block_size > model.config.block_size and 'block_size' in config_given:
@@ -188,7 +187,7 @@ def evaluate():
         if length > 1:  # a folder without validation tokens trains too
             starts = task.fixed(data, split, eval_iters * batch_size, block_size)[run.rank::run.world_size]
             sums = torch.zeros(len(task.MEASURES), 2, dtype=torch.float64)  # of each measure: sum, divisor
-            # a small network takes many rows at once, as long as their logits stay below 1 MB
+            # a small network takes many rows at once, as long as their logits stay small
             for batch in load_batches(split, starts, max(micro_rows, 2**18 // (block_size * model.config.vocab_size))):
                 with run.ctx():
                     sums += task.measure(model, to_device(batch), data).cpu()
@@ -223,7 +222,7 @@ def save(best=False):
 
 # --- the loop
 tokens_per_iter = total_rows * block_size
-say(f'{run.device} {run.dtype}, {run.world_size} process{"es" * (run.world_size > 1)} x {micro_steps} micro-batches x {micro_rows} rows '
+print(f'{run.device} {run.dtype}, {run.world_size} process{"es" * (run.world_size > 1)} x {micro_steps} micro-batches x {micro_rows} rows '
     f'x {block_size} = {tokens_per_iter:,} tokens per iteration; {data.folder}: {data.splits["train"]:,} tokens')
 if run.device_type == 'cpu':
     warn_if_slow(model.flops_per_token() * tokens_per_iter * (0 if eval_only else max_iters - iter_num), run)
@@ -236,7 +235,7 @@ logged_iter = iter_num  # up to here the time of the steps has been printed
 while True:
     if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
         numbers = evaluate()
-        say(f'step {iter_num}: ' + ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in numbers.items()), flush=True)
+        print(f'step {iter_num}: ' + ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in numbers.items()), flush=True)
         best = numbers.get('val_loss', math.inf) < best_val_loss
         best_val_loss = min(numbers.get('val_loss', math.inf), best_val_loss)
         if log:
@@ -265,8 +264,7 @@ while True:
         scaler.scale(loss * (run.world_size / divisor)).backward()  # DDP averages over processes; the sum over them is wanted
         total_loss += loss.detach()
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)
-    norm = norm.item()
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
     lossf, stop = all_reduce([total_loss.item() / divisor, caught.signal or 0], run).tolist()
     if not (math.isfinite(lossf) and (scaler.is_enabled() or math.isfinite(norm))):  # fp16 overflows now and then: the scaler skips those
         sys.exit(f'step {iter_num}: the loss is {lossf}, the gradient norm {norm}. The checkpoint in {out_dir} is from before; '
@@ -275,7 +273,7 @@ while True:
     scaler.update()
     optimizer.zero_grad()
 
-    if iter_num % log_interval == 0 and run.master:
+    if iter_num % log_interval == 0:
         now = time.perf_counter()
         dt = (now - t0) / (iter_num + 1 - logged_iter)
         t0, logged_iter = now, iter_num + 1
@@ -283,19 +281,22 @@ while True:
         if run.peak_flops:
             numbers['mfu'] = model.flops_per_token() * tokens_per_iter / dt / run.peak_flops / run.world_size
         left = str(datetime.timedelta(seconds=round(dt * (max_iters - iter_num - 1))))
-        say(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms' + (f', mfu {numbers["mfu"] * 100:.2f}%' if 'mfu' in numbers else '')
+        print(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms' + (f', mfu {numbers["mfu"] * 100:.2f}%' if 'mfu' in numbers else '')
             + f', lr {numbers["lr"]:.2e}, norm {numbers["grad_norm"]:.3f}, {numbers["tokens_per_s"]:,.0f} tok/s, left {left}', flush=True)
-        log(iter_num, numbers)
+        if log:
+            log(iter_num, numbers)
     iter_num += 1
     if stop:
         save()
-        say(f'stopped and saved at step {iter_num}; to go on: the same command with --init_from=resume')
+        print(f'stopped and saved at step {iter_num}; to go on: the same command with --init_from=resume')
         break
 
 if log:
     log.close()
-    say(f'{iter_num - first_iter} steps in {datetime.timedelta(seconds=round(time.perf_counter() - started))}, best validation loss {best_val_loss:.4f}, '
-        f'checkpoints in {out_dir}; now: python sample.py --out_dir={out_dir}')
+if iter_num > first_iter:
+    print(f'{iter_num - first_iter} steps in {datetime.timedelta(seconds=round(time.perf_counter() - started))}'
+          + f', best validation loss {best_val_loss:.4f}' * math.isfinite(best_val_loss)
+          + f', checkpoints in {out_dir}; now: python sample.py --out_dir={out_dir}')
 if run.ddp:
     torch.distributed.destroy_process_group()
 sys.exit(130 if caught.signal == signal.SIGINT else 0)

@@ -18,9 +18,9 @@ PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756
 
 
 def fast_bf16_cpu():
-    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX). There they run about 3 to 4 times as fast as fp32
-    ones (docs/RECORDS.md); on other CPUs bf16 is emulated, and slower."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether this CPU has AMX, which multiplies bf16 matrices 3 to 4 times as fast as AVX512 does fp32 ones. AVX512-BF16 alone is
+    slower than fp32 for small networks (docs/LOG.md), and elsewhere bf16 is emulated."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False):
@@ -28,20 +28,19 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
     Find the device, join the process group that torchrun announces, seed, and choose the precision.
     device: 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'. dtype: 'auto', 'float32', 'bfloat16', 'float16'.
     Returns a namespace: device, device_type, dtype (its name), ctx() (the autocast context), peak_flops (None where unknown),
-    rank, world_size, master (this process prints and saves), ddp.
+    rank, world_size, master (this process saves; the others' stdout is shut), ddp.
     Ends the script with one line when the device or dtype is not to be had.
     """
     sys.excepthook = explain
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(encoding='utf-8', errors='replace')  # a Windows console too
     ddp = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ
     rank, local_rank, world_size = (int(os.environ.get(key, default)) if ddp else default
                                     for key, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
     master = rank == 0
+    if not master:
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-        if master and device == 'cpu' and shutil.which('nvidia-smi'):
+        if device == 'cpu' and shutil.which('nvidia-smi'):
             print('warning: this machine has NVIDIA tools, but this PyTorch sees no GPU, so training runs on the CPU; '
                   'install a CUDA build of PyTorch to use the card (https://pytorch.org/get-started/locally)')
     device_type = device.split(':')[0]
@@ -97,8 +96,7 @@ def all_reduce(numbers, run):
 
 def compile_or_not(model, rows, T, run):
     """torch.compile, tried out on one batch (rows, T); the model itself, with a warning, where that does not work (no C++ compiler, no Triton)."""
-    if run.master:
-        print('compiling the model... (takes about a minute; --compile=False starts at once)', flush=True)
+    print('compiling the model... (takes about a minute; --compile=False starts at once)', flush=True)
     try:
         compiled = torch.compile(model)
         idx = torch.zeros(rows, T, dtype=torch.int64, device=run.device)
@@ -109,8 +107,7 @@ def compile_or_not(model, rows, T, run):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        if run.master:
-            print(f'warning: torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]}); going on without it')
+        print(f'warning: torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]}); going on without it')
         return model
 
 
@@ -118,7 +115,7 @@ def warn_if_slow(flops, run):
     """Say so when training will take hours on this CPU."""
     rate = torch.get_num_threads() * (100e9 if run.dtype == 'bfloat16' else 40e9)  # what small networks reach per core (docs/RECORDS.md)
     hours = flops / rate / 3600
-    if hours > 1 and run.master:
+    if hours > 1:
         print(f'warning: on this CPU the run will take about {hours:,.0f} hours; config/train_shakespeare_char_cpu.py is made for CPUs and takes minutes')
 
 
@@ -162,8 +159,7 @@ def tune_malloc():
 def explain(kind, error, traceback):
     """The excepthook: what a user can mend gets one line, everything else its traceback."""
     if issubclass(kind, KeyboardInterrupt):
-        print('interrupted', file=sys.stderr)
-        os._exit(130)
+        print('interrupted', file=sys.stderr)  # Python then exits with 130
     elif issubclass(kind, torch.OutOfMemoryError):
         print('out of memory on the GPU: lower --batch_size (and raise --gradient_accumulation_steps as much, for the same total batch), '
               '--block_size, or the size of the network (--n_layer, --n_embd)', file=sys.stderr)
