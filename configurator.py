@@ -12,7 +12,15 @@
 
 
 def _configure(script):
-    import ast, difflib, importlib, io, os, sys, tokenize, types
+    import ast
+    import difflib
+    import importlib
+    import io
+    import os
+    import sys
+    import tokenize
+    import types
+
     from core.files import ROOT, find
     name = os.path.basename(script['__file__'])
     for stream in (sys.stdout, sys.stderr):
