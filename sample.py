@@ -31,7 +31,7 @@ device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e
 dtype = 'auto'  # bfloat16 or float16 on CUDA, float32 elsewhere; or say which
 compile = False  # torch.compile: worth its minute only for very many samples
 # ---------------------------------------------------------------------------------------------------------------------------------------
-config = {}  # filled by the next line: every setting with its value
+config, config_given = {}, set()  # filled by the next line: every setting with its value, and the names that the command line set
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 for key, least in {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0}.items():
@@ -52,6 +52,8 @@ if start.startswith('FILE:'):
             start = f.read()
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f'start={start}: {error}; expected a text file in UTF-8')
+if 'start' not in config_given and tokens.is_char and start.encode() not in tokens.pieces:
+    start = tokens.decode([0])  # a vocabulary without newlines: begin with its first character
 prompt = tokens.encode(start, allow_eot=True)
 if len(prompt) == 0:
     sys.exit('start is empty: give at least one character, or --start="<|endoftext|>" to begin anew')

@@ -218,6 +218,8 @@ def save(best=False):
                          'tokenizer': data.tokenizer.json if data.tokenizer else ''}, path)
         if best:
             copy_checkpoint(path, os.path.join(out_dir, 'best.pt'))
+        elif not math.isfinite(best_val_loss) and os.path.exists(os.path.join(out_dir, 'best.pt')):
+            os.remove(os.path.join(out_dir, 'best.pt'))  # another run's, of which sampling would be misled
 
 
 # --- the loop
@@ -228,7 +230,7 @@ if run.device_type == 'cpu':
     warn_if_slow(model.flops_per_token() * tokens_per_iter * (0 if eval_only else max_iters - iter_num), run)
 columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu', *(f'{split}_{name}' for name in task.MEASURES for split in ('train', 'val'))]
 log = Log(out_dir, columns, iter_num, config) if run.master and not eval_only else None
-caught = catch_signals()
+caught = catch_signals(eval_only)
 first_iter = iter_num
 started = t0 = time.perf_counter()
 logged_iter = iter_num  # up to here the time of the steps has been printed
@@ -236,11 +238,11 @@ while True:
     if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
         numbers = evaluate()
         print(f'step {iter_num}: ' + ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in numbers.items()), flush=True)
-        best = numbers.get('val_loss', math.inf) < best_val_loss
-        best_val_loss = min(numbers.get('val_loss', math.inf), best_val_loss)
         if log:
             log(iter_num, numbers)
-        if iter_num > first_iter:
+        best = numbers.get('val_loss', math.inf) < best_val_loss
+        if not eval_only and (iter_num > first_iter or best and init_from == 'resume'):  # what a run starts from is not its own best
+            best_val_loss = numbers['val_loss'] if best else best_val_loss
             save(best)
         t0, logged_iter = time.perf_counter(), iter_num
     if iter_num >= max_iters or eval_only:
@@ -298,5 +300,6 @@ if iter_num > first_iter:
           + f', best validation loss {best_val_loss:.4f}' * math.isfinite(best_val_loss)
           + f', checkpoints in {out_dir}; now: python sample.py --out_dir={out_dir}')
 if run.ddp:
+    torch.distributed.barrier()  # the first process may still be saving
     torch.distributed.destroy_process_group()
 sys.exit(130 if caught.signal == signal.SIGINT else 0)

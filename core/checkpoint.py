@@ -28,9 +28,13 @@ def copy_checkpoint(path, copy):
     temporary = f'{copy}.tmp{os.getpid()}'
     try:
         os.link(path, temporary)
+        os.replace(temporary, copy)
     except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, copy)
+        try:
+            with open(path, 'rb') as source, atomic(copy) as f:
+                shutil.copyfileobj(source, f)
+        except OSError as error:
+            sys.exit(f'{copy}: could not be saved: {error}; {path} is whole')
 
 
 def load_checkpoint(path, device='cpu'):

@@ -43,11 +43,12 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
         if device == 'cpu' and shutil.which('nvidia-smi'):
             print('warning: this machine has NVIDIA tools, but this PyTorch sees no GPU, so training runs on the CPU; '
                   'install a CUDA build of PyTorch to use the card (https://pytorch.org/get-started/locally)')
+    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', device):
+        sys.exit(f'device={device}: expected auto, cpu, cuda, cuda:N or mps')
     device_type = device.split(':')[0]
     usable = {'cpu': True, 'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available()}
-    if not usable.get(device_type):
-        sys.exit(f'device={device}: ' + ('this PyTorch sees no such device; use --device=' + next(d for d in ('cuda', 'mps', 'cpu') if usable[d])
-                                         if device_type in usable else 'expected auto, cpu, cuda, cuda:N or mps'))
+    if not usable[device_type]:
+        sys.exit(f'device={device}: this PyTorch sees no such device; use --device=' + next(d for d in ('cuda', 'mps', 'cpu') if usable[d]))
     if ddp and device_type == 'cuda':
         device = f'cuda:{local_rank}'
     if device_type == 'cuda':
@@ -113,19 +114,22 @@ def compile_or_not(model, rows, T, run):
 
 def warn_if_slow(flops, run):
     """Say so when training will take hours on this CPU."""
-    rate = torch.get_num_threads() * (100e9 if run.dtype == 'bfloat16' else 40e9)  # what small networks reach per core (docs/RECORDS.md)
+    rate = run.world_size * torch.get_num_threads() * (100e9 if run.dtype == 'bfloat16' else 40e9)  # what small networks reach per core (docs/RECORDS.md)
     hours = flops / rate / 3600
     if hours > 1:
         print(f'warning: on this CPU the run will take about {hours:,.0f} hours; config/train_shakespeare_char_cpu.py is made for CPUs and takes minutes')
 
 
-def catch_signals():
+def catch_signals(nothing_to_save=False):
     """From now on SIGINT (Ctrl-C), SIGTERM and SIGUSR1 end no step half-way: they are noted in the .signal of what this returns.
     A second Ctrl-C ends the script at once."""
     caught = SimpleNamespace(signal=None)
+    if nothing_to_save:
+        return caught
 
     def note(number, frame):
         caught.signal = number
+        os.write(2, b'stopping after this step; Ctrl-C again stops at once\n')  # print is not safe in a handler
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
         if hasattr(signal, name):  # Windows has no SIGUSR1

@@ -40,7 +40,7 @@ class AdamW:
     def load_state_dict(self, state_dict):
         """Take over moments and step counts; learning rate, betas and decay stay this run's own. ValueError where shapes do not fit."""
         saved = state_dict['state']
-        if saved and [tuple(saved[i]['exp_avg'].shape) for i in sorted(saved)] != [tuple(p.shape) for p in self.params]:
+        if sum(len(group['params']) for group in state_dict['param_groups']) != len(self.params) or saved and [tuple(saved[i]['exp_avg'].shape) for i in sorted(saved)] != [tuple(p.shape) for p in self.params]:
             raise ValueError('it has other parameters')
         for i, state in enumerate(self.state if saved else []):  # torch's is empty before the first step
             for key, value in state.items():

@@ -320,6 +320,8 @@ def write_dataset(folder, documents, tokenizer, val_fraction=0.1, next_command='
     config = 'config/train_shakespeare_char.py ' if tokenizer.is_char else ''
     print(f'written to {folder}; next:')
     print(next_command or f'python train.py {config}--dataset={dataset} --out_dir=out-{dataset}')
+    if tokenizer.is_char:
+        print('(without a GPU: config/train_shakespeare_char_cpu.py)')
 
 
 def _encode_documents(documents, splits, n_train, n_characters, eot):

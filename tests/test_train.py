@@ -235,3 +235,37 @@ def test_known_peaks():
 def test_a_gpu_sized_run_on_a_cpu_is_announced(tiny_data, tmp_path):
     out = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', '--max_iters=100000000', '--learning_rate=1e30').out  # which stops
     assert re.search(r'about [\d,]+ hours', out) and 'train_shakespeare_char_cpu.py' in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or os.name == 'nt', reason='for machines without a usable GPU')
+def test_an_nvidia_card_that_torch_cannot_see_is_announced(tiny_data, tmp_path, monkeypatch):
+    (tmp_path / 'nvidia-smi').write_text('#!/bin/sh\n', encoding='utf-8')
+    (tmp_path / 'nvidia-smi').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    assert 'sees no GPU' in train(tiny_data, tmp_path / 'out', '--device=auto')
+
+
+def test_the_default_start_is_valid_without_newlines(tmp_path):
+    from core.prepare import read_documents, write_dataset
+    (tmp_path / 'line.txt').write_text('abcdefgh' * 100, encoding='utf-8')
+    write_dataset(str(tmp_path / 'data'), lambda: read_documents(str(tmp_path / 'line.txt')), 'char')
+    train(tmp_path / 'data', tmp_path / 'out')
+    result = run_script('sample.py', f'--out_dir={tmp_path / "out"}', '--max_new_tokens=5')
+    assert result.code == 0, result.err
+
+
+def test_a_new_run_in_an_old_folder_is_not_mistaken_for_the_old_one(tiny_data, tmp_path):
+    train(tiny_data, tmp_path, '--always_save_checkpoint=False')
+    assert load_checkpoint(str(tmp_path / 'best.pt'))['model_args']['n_embd'] == 32
+    bad = '--always_save_checkpoint=False', '--n_embd=16', '--learning_rate=0.1', '--decay_lr=False'
+    train(tiny_data, tmp_path, *bad)
+    for name in ('ckpt.pt', 'best.pt'):
+        assert load_checkpoint(str(tmp_path / name))['model_args']['n_embd'] == 16
+    best = load_checkpoint(str(tmp_path / 'best.pt'))
+    assert dict(losses_of(tmp_path, 'val_loss'))[best['iter_num']] == pytest.approx(best['best_val_loss'], abs=1e-5)
+
+
+@pytest.mark.parametrize('device', ['cpu:x', 'gpu', 'cuda:x'])
+def test_an_odd_device_is_refused(device, tiny_data, tmp_path):
+    result = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', f'--device={device}')
+    assert result.code == 1 and result.err.startswith(f'device={device}: expected')
