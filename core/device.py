@@ -145,7 +145,7 @@ def reseed(seed, run):
 
 def tune_malloc():
     """
-    Two things about glibc's malloc that cost a third of a small network's step on a CPU. It hands what a step frees back to the kernel and
+    Two things about glibc's malloc that cost a quarter of a small network's step on a CPU. It hands what a step frees back to the kernel and
     faults it in again: 2,700 page faults, 6 of 33 ms. And its pages are small: 256 MB of heap, asked for as huge ones, take 2 ms less.
     """
     try:

@@ -275,7 +275,7 @@ def test_resume_contradicted(own_run, tiny_data, key, value):
     """An architecture given on the command line that is not the checkpoint's."""
     args = [arg for arg in TINY if not arg.startswith(f'--{key}=')]
     refuse('train.py', *args, f'--{key}={value}', f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume',
-           names=[f'--{key}={value}', own_run / 'ckpt.pt', f'{key}={torch.load(own_run / "ckpt.pt")["model_args"][key]}'], folder=own_run)
+           names=[f'--{key}={value}', own_run / 'ckpt.pt', f'{key}={torch.load(own_run / "ckpt.pt", weights_only=True)["model_args"][key]}'], folder=own_run)
 
 
 def test_resume_yields_to_the_checkpoint(own_run, tiny_data, tmp_path):
