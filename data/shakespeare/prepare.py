@@ -10,13 +10,12 @@ sys.path.append(os.path.join(sys.path[0], 'data', 'shakespeare_char'))  # the te
 
 from from_wheel import tinyshakespeare
 
-from core.prepare import read_documents, write_dataset
-from core.tokenizer import gpt2_tokenizer
+from core.prepare import prepare
 
-input = ''  # a text of your own to use instead; nanoGPT's place for it, input.txt in this folder, works too
+tokenizer = 'gpt2'  # that of the model to be fine-tuned
+_settings = 'core.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
-own = os.path.join(folder, 'input.txt')
-path = input or (own if os.path.exists(own) else tinyshakespeare())
-write_dataset(folder, lambda: read_documents(path), gpt2_tokenizer(), next_command='python train.py config/finetune_shakespeare.py')
+own = os.path.join(folder, 'input.txt')  # nanoGPT's place for it
+prepare(folder, input or (own if os.path.exists(own) else tinyshakespeare()), 'python train.py config/finetune_shakespeare.py')

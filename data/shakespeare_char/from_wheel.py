@@ -9,7 +9,7 @@ import os
 import re
 
 from core.files import ROOT
-from core.prepare import fetch
+from core.fetch import fetch
 
 PATH = os.path.join(ROOT, 'data', 'shakespeare_char', 'input.txt')
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -44,7 +44,7 @@ DIFFERENCES = [  # (in the package, in the text), slips of either edition; each 
 
 def tinyshakespeare():
     """The path of the text, which is fetched if it is not there yet."""
-    fetch(PATH, 'tinyshakespeare.txt', SHA256, URL, *PACKAGE, rebuild)
+    fetch(PATH, 'tinyshakespeare.txt', SHA256, URL, None, *PACKAGE, rebuild)
     return PATH
 
 

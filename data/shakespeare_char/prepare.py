@@ -9,11 +9,10 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 
 from from_wheel import tinyshakespeare
 
-from core.prepare import read_documents, write_dataset
+from core.prepare import prepare
 
-input = ''  # a text of your own to use instead
+tokenizer = 'char'  # every character is a token
+_settings = 'core.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
-path = input or tinyshakespeare()
-write_dataset(os.path.dirname(os.path.abspath(__file__)), lambda: read_documents(path), 'char',
-              next_command='python train.py config/train_shakespeare_char.py')
+prepare(os.path.dirname(os.path.abspath(__file__)), input or tinyshakespeare(), 'python train.py config/train_shakespeare_char.py')
