@@ -371,3 +371,9 @@ def test_what_the_system_says(tmp_path):
     assert exit_line(list, read_documents([path])).startswith(f'{path}: Is a directory; expected a .txt') or os.name == 'nt'
     gone = str(tmp_path / 'gone.txt')
     assert exit_line(list, read_documents([gone])).startswith(f'{gone}: No such file')
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, 'guess_encoding', lambda path: ('utf-8', ''))  # as it was a moment ago
+    path = write(tmp_path / 'x.txt', b'\xff')
+    assert exit_line(list, read_documents(path)).startswith(f'{path}: damaged')
