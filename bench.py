@@ -3,6 +3,7 @@ How fast: what stands in docs/RECORDS.md, measured again.
 
     python bench.py --nanogpt=../nanoGPT       # nanoGPT's laptop command, whole, in nanoGPT's folder and in ours, in turn
     python bench.py --what=attention           # the two ways to compute attention on this CPU, forward and backward
+    python bench.py --what=prepare --text=big.txt --tokenizer=qwen2     # text to shards, beside tiktoken's own encode_ordinary_batch
 """
 import os
 import statistics
@@ -20,7 +21,9 @@ from model import attention
 from objectives import next_token
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-what = 'laptop'  # 'laptop': a whole command beside nanoGPT's; 'attention': the rule in model.py; 'batch': drawing a batch
+what = 'laptop'  # 'laptop': a whole command beside nanoGPT's; 'attention': the rule in model.py; 'batch': drawing a batch; 'prepare': see above
+text = ''  # a UTF-8 text for 'prepare'; some hundred MB, so that starting up does not count
+tokenizer = 'qwen2'  # for 'prepare': qwen2 (all of it) or gpt2
 nanogpt = ''  # a folder with nanoGPT and its prepared data/shakespeare_char
 runs = 3  # of each; the median counts
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -29,6 +32,15 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 
 LAPTOP = ('train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 '
           '--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0').split()
+
+# what one would write without us: pieces of a quarter of a million characters, as many threads as cores, one file
+BATCH = """
+import os, sys; import numpy as np; from core.tokenizer import load_tokenizer
+text = open(sys.argv[1], encoding='utf-8').read(); encoding = load_tokenizer(sys.argv[2])._tiktoken; n = 1 << 18
+ids = encoding.encode_ordinary_batch([text[i:i + n] for i in range(0, len(text), n)], num_threads=len(os.sched_getaffinity(0)))
+with open(sys.argv[3], 'wb') as f:
+    for part in ids: f.write(np.array(part, dtype='<u4').tobytes())
+"""
 
 
 def seconds(function):
@@ -68,5 +80,18 @@ elif what == 'attention':
 elif what == 'batch':
     data, generator = open_dataset('shakespeare_char'), torch.Generator()
     print(f'a batch of 12 x 64: {median_ms(lambda: next_token.load(data, "train", next_token.draw(data, 12, 64, generator), 64), 1000):.3f} ms')
+elif what == 'prepare':
+    times = {'tiktoken': [], 'StoneGPT': []}
+    with tempfile.TemporaryDirectory() as out:
+        os.makedirs(os.path.join(out, 'data'))
+        commands = {'tiktoken': ['-c', BATCH, find(text), tokenizer, os.path.join(out, 'train.bin')],
+                    'StoneGPT': [os.path.join(ROOT, 'data', 'any_text', 'prepare.py'), f'--input={find(text)}', f'--tokenizer={tokenizer}', '--prune=False', '--name=x']}
+        for _ in range(runs):
+            for name, command in commands.items():
+                times[name].append(seconds(lambda: subprocess.run([sys.executable, *command], cwd=out, check=True, stdout=subprocess.DEVNULL,
+                                                                  env={**os.environ, 'PYTHONPATH': ROOT})))
+                print(f'{name}: {times[name][-1]:.1f} s, {os.path.getsize(find(text)) / 1e6 / times[name][-1]:.1f} MB/s', flush=True)
+    print(f'our throughput over that of tiktoken, pair by pair: {", ".join(f"{a / b:.3f}" for a, b in zip(*times.values()))}; '
+          f'of the medians: {statistics.median(times["tiktoken"]) / statistics.median(times["StoneGPT"]):.3f}')
 else:
-    sys.exit(f'what={what}: expected laptop, attention or batch')
+    sys.exit(f'what={what}: expected laptop, attention, batch or prepare')

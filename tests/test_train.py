@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, losses_of, run_script
+from conftest import ROOT, TINY, losses_of, make_dataset, run_script
 
 from core.checkpoint import build_model, load_checkpoint
 from core.device import known_peak
@@ -161,8 +161,7 @@ def test_init_from_gpt2_folder(tmp_path):
 
 
 def test_a_folder_without_validation_trains(tiny_data, tmp_path):
-    from core.prepare import read_documents, write_dataset
-    write_dataset(str(tmp_path / 'data'), lambda: read_documents(str(tiny_data / 'input.txt')), 'char', val_fraction=0.0)
+    make_dataset(tmp_path / 'data', tiny_data / 'input.txt', val_fraction=0.0)
     out = train(tmp_path / 'data', tmp_path / 'out')
     assert 'val loss' not in out and (tmp_path / 'out' / 'ckpt.pt').exists() and not (tmp_path / 'out' / 'best.pt').exists()
 
@@ -246,9 +245,8 @@ def test_an_nvidia_card_that_torch_cannot_see_is_announced(tiny_data, tmp_path, 
 
 
 def test_the_default_start_is_valid_without_newlines(tmp_path):
-    from core.prepare import read_documents, write_dataset
     (tmp_path / 'line.txt').write_text('abcdefgh' * 100, encoding='utf-8')
-    write_dataset(str(tmp_path / 'data'), lambda: read_documents(str(tmp_path / 'line.txt')), 'char')
+    make_dataset(tmp_path / 'data', tmp_path / 'line.txt')
     train(tmp_path / 'data', tmp_path / 'out')
     result = run_script('sample.py', f'--out_dir={tmp_path / "out"}', '--max_new_tokens=5')
     assert result.code == 0, result.err
