@@ -66,7 +66,7 @@ class Seen:
 def repetition(text):
     """The share of a text's characters that stand in lines which occurred before in it (Gopher's filter, Rae et al. 2021, appendix A1)."""
     lines = [line for line in map(str.strip, text.splitlines()) if line]
-    return 1 - sum(map(len, set(lines))) / max(1, sum(map(len, lines)))
+    return 1 - sum(map(len, set(lines))) / sum(map(len, lines)) if lines else 0.0
 
 
 def survey(documents):
@@ -140,7 +140,7 @@ def parts_of(documents, plan):
 
 # Where words end whatever follows, in GPT-2 and Qwen2 and others like them: after a line feed that stands alone, before a space that stands
 # alone, and between a letter and a mark.
-CUT = re.compile(r'(?<=\S\n)(?=\S)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[,.:;!?，。、：；！？])')
+CUT = re.compile(r'(?<=\S\n)(?=\w)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[,.:;!?，。、：；！？])')
 
 
 def cut_before(text):
@@ -156,20 +156,22 @@ def cut_before(text):
 
 
 def cut_up(parts, size):
-    """(split, text, whether a part ends after it), from texts of about `size` characters that can be encoded each by itself."""
-    rest = ''
-    for split, text in parts:
-        if text is None:
-            yield split, rest, True
-            rest = ''
+    """
+    (split, text, whether a part ends after it), from texts of about `size` characters that can be encoded each by itself. How the text
+    arrives in pieces makes no difference.
+    """
+    text, start, wanted = '', 0, size  # gathered, used up so far, looked at next
+    for split, more in parts:
+        if more is None:
+            yield split, text[start:], True
+            text, start, wanted = '', 0, size
             continue
-        for start in range(0, len(text), size):
-            rest += text[start:start + size]
-            if len(rest) >= size:
-                cut = cut_before(rest)
-                if cut:
-                    yield split, rest[:cut], False
-                    rest = rest[cut:]
+        text, start = text[start:] + more, 0
+        while len(text) - start >= wanted:
+            cut = cut_before(text[start:start + wanted])
+            if cut:
+                yield split, text[start:start + cut], False
+            start, wanted = start + cut, size if cut else 2 * wanted
 
 
 def batches_of(texts):
@@ -219,6 +221,7 @@ def make_tokenizer(known, plan, batches, texts):
         known = train_bpe(sample(texts(), share), vocab_size)
         print(f'... in {time.perf_counter() - started:.1f} s')
     if prune == 'True' or prune == 'auto' and tokenizer == 'qwen2' and plan.bytes < SMALL:
+        known.encode('')  # what it builds at first use is built once, not by each thread
         used = np.zeros(known.vocab_size, dtype=bool)
         with progress('count ids', plan.characters) as bar:
             for ids, characters in in_order(lambda batch: ([known.encode(text) for _, text, _ in batch], sum(len(text) for _, text, _ in batch)), batches()):
@@ -289,7 +292,7 @@ def prepare(folder, source, next_command=''):
         print(f'{name} has {done[name]["tokens"]:,} tokens')
     print(f'{plan.n_documents:,} document{"s" * (plan.n_documents > 1)}, {plan.characters:,} characters, '
           f'{plan.characters / (done["train"]["tokens"] + done["val"]["tokens"]):.2f} a token; {time.perf_counter() - started:.1f} s'
-          + (f'; {len(skipped)} files skipped' if skipped else ''))
+          + (f'; files skipped: {len(skipped)}' if skipped else ''))
     dataset, config = os.path.basename(os.path.normpath(folder)), 'shakespeare_char' if known.is_char else 'hongloumeng_bbpe'
     print(f'written to {folder}; next:\n' + (next_command or f'python train.py config/train_{config}.py --dataset={dataset} --out_dir=out-{dataset}'))
     print('(without a GPU put config/laptop.py behind that config file)')
@@ -305,10 +308,12 @@ def _prepare(folder, source):
     for reason, number in plan.dropped.items():
         print(f'left out: {number:,} {reason} document{"s" * (number > 1)}')
     if not plan.n_documents:
-        sys.exit('there is no text: expected at least one document' + ' that passes the filters' * bool(plan.dropped) + (f'; {len(skipped)} files were skipped' if skipped else ''))
+        sys.exit('there is no text: expected at least one document' + ' that passes the filters' * bool(plan.dropped) + (f'; files skipped: {len(skipped)}' if skipped else ''))
     _check_split(plan)
     if tokenizer == 'char':
         known = char_tokenizer(sorted(plan.chars))
+    elif known and known.is_char and prune == 'True':
+        sys.exit(f'prune=True: {tokenizer} is a vocabulary of characters; this is for BPE')
     unfinished = os.path.join(folder, 'unfinished')
     settings = [tokenizer, vocab_size, train_bytes, prune, val_fraction, seed, shard_tokens, known.json if known else '', plan.digest]
     task = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -330,13 +335,16 @@ def _prepare(folder, source):
             _write(progress_path, json.dumps(done))
         done = _encode(documents(), plan, known, unfinished, done, progress_path)
         _finish(folder, unfinished, plan, known, done)
-    except SystemExit:  # the text or the tokenizer is at fault, so there is nothing to go on with
-        shutil.rmtree(unfinished, ignore_errors=True)
+    except SystemExit:
+        if not _read_json(progress_path).get('batches'):  # there is nothing to go on with
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return plan, known, done
 
 
 def _check_settings():
+    if not 0 <= max_repetition <= 1:
+        sys.exit(f'max_repetition={max_repetition}: expected a share, 0 to 1 (1: leave out none)')
     if not 0 <= val_fraction < 1:
         sys.exit(f'val_fraction={val_fraction}: expected 0 (no validation split) or a number below 1')
     if prune not in ('auto', 'True', 'False'):
@@ -358,7 +366,7 @@ def _check_split(plan):
         train, val = plan.n_documents - drawn, drawn
     for name, size in (('training', train), ('validation', val)):
         if not size and (name == 'training' or val_fraction):
-            sys.exit(f'val_fraction={val_fraction} leaves nothing for {name} of {plan.n_documents:,} documents, {plan.characters:,} characters; '
+            sys.exit(f'val_fraction={val_fraction} leaves nothing for {name} of {plan.n_documents:,} document{"s" * (plan.n_documents > 1)}, {plan.characters:,} characters; '
                      'take another, or 0 for no validation split')
 
 
@@ -380,6 +388,7 @@ def _encode(documents, plan, known, folder, done, progress_path):
         for split in splits:
             split.flush()  # what is noted is on the disk
         _write(progress_path, json.dumps(done))
+    known.encode('')  # what it builds at first use is built once, not by each thread
     noted = time.monotonic()
     batches = batches_of(cut_up(parts_of(documents, plan), BLOCK))
     for _ in range(done['batches']):
@@ -415,15 +424,14 @@ def _finish(folder, unfinished, plan, known, done):
         itos = dict(enumerate(piece.decode() for piece in known.pieces))
         with atomic(os.path.join(unfinished, 'meta.pkl')) as f:
             pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}, f)
-    os.remove(os.path.join(unfinished, 'progress.json'))
-    names = os.listdir(unfinished)
+    names = [name for name in os.listdir(unfinished) if name != 'progress.json' and '.tmp' not in name]  # a killed run leaves those
     # the new meta.json first: should this be cut off, its counts do not fit the bins, and a reader notices
     for name in sorted(names, key=lambda name: name != 'meta.json'):
         os.replace(os.path.join(unfinished, name), os.path.join(folder, name))
     for stale in os.listdir(folder):
         if stale not in names and (stale == 'meta.pkl' or re.fullmatch(r'(train|val)(_\d{5,})?\.bin', stale)):
             os.remove(os.path.join(folder, stale))
-    os.rmdir(unfinished)
+    shutil.rmtree(unfinished)
 
 
 def _read_json(path):

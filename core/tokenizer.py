@@ -245,14 +245,16 @@ def prune_tokenizer(tokenizer, used):
     """
     model = tokenizer._spec['model']
     merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
-    parts = {''.join(pair): pair for pair in merges}
+    parts = {}  # of each token: those of all merges that make it
+    for pair in merges:
+        parts.setdefault(''.join(pair), []).extend(pair)
     token_of = {i: token for token, i in tokenizer._vocab.items()}
     keep, todo = {chr(char) for char in BYTE_OF}, [token_of[i] for i in used if i in token_of]
     while todo:
         token = todo.pop()
         if token not in keep:
             keep.add(token)
-            todo += parts[token]
+            todo += parts.get(token, [])
     vocab = {token: i for i, token in enumerate([*sorted(keep, key=tokenizer._vocab.get), EOT])}
     end = {'id': vocab[EOT], 'content': EOT, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
     model = {**model, 'vocab': vocab, 'merges': [pair for pair in merges if ''.join(pair) in keep]}

@@ -666,6 +666,28 @@ def test_a_full_disk(tmp_path, corpus, gpt2_like, small_blocks, monkeypatch, enc
     assert 0 < sum(encoded) < sum(meta_of(tmp_path / 'd')[name]['characters'] for name in ('train', 'val')) - 2000
 
 
+def test_a_dataset_half_moved_to_its_place_is_noticed(tmp_path, monkeypatch):
+    """Killed between two of the moves at the end: never the old numbers with the new tokens."""
+    from core.tokens import open_dataset
+    make(tmp_path / 'd', write(tmp_path / 'old.txt', TEXT))
+    path, replace = write(tmp_path / 'new.txt', TEXT[:500]), os.replace
+    for moves in (1, 2):
+        done = []
+
+        def stop(source, target):
+            if os.path.dirname(target) == str(tmp_path / 'd'):
+                done.append(target)
+                if len(done) > moves:
+                    raise KeyboardInterrupt
+            replace(source, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'replace', stop)
+            with pytest.raises(SystemExit):
+                make_dataset(tmp_path / 'd', path)
+        assert 'meta.json says' in exit_line(open_dataset, str(tmp_path / 'd'))
+    assert make(tmp_path / 'd', path) == make(tmp_path / 'whole', path) and files_of(tmp_path / 'd') == files_of(tmp_path / 'whole')
+
+
 def test_threads(tmp_path, corpus, small_blocks):
     small_blocks(100)
     for settings in ({'tokenizer': 'bbpe', 'vocab_size': 300}, {'tokenizer': 'char', 'shard_tokens': 1000}):
@@ -896,10 +918,10 @@ def test_bad_folders(tmp_path):
 
 def test_skipped_files(tmp_path):
     write(tmp_path / 'in' / 'bad.txt', 'déjà vu, café'.encode('latin-1'))
-    assert '1 files were skipped' in exit_line(make_dataset, tmp_path / 'd', str(tmp_path / 'in'), skip_bad=True)
+    assert 'files skipped: 1' in exit_line(make_dataset, tmp_path / 'd', str(tmp_path / 'in'), skip_bad=True)
     write(tmp_path / 'in' / 'good.txt', 'one, two, three')
     documents_module.skipped.clear()
-    assert '; 1 files skipped' in make_dataset(tmp_path / 'd', str(tmp_path / 'in'), skip_bad=True)
+    assert '; files skipped: 1' in make_dataset(tmp_path / 'd', str(tmp_path / 'in'), skip_bad=True)
     assert meta_of(tmp_path / 'd')['documents'] == 1
 
 # ----------------------------------------------------------------------------- the scripts
