@@ -12,8 +12,7 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +20,7 @@ import numpy as np
 from core.documents import BLOCK, read_documents, skipped
 from core.fetch import progress
 from core.files import atomic
+from core.pieces import batches_of, cut_up, in_order, sample
 from core.tokenizer import EOT, char_tokenizer, load_tokenizer, prune_tokenizer, train_bpe
 
 # settings of every prepare.py; one that assigns a name itself gives it another default
@@ -138,80 +138,6 @@ def parts_of(documents, plan):
         start += len(text)
 
 
-# Where words end whatever follows, in GPT-2 and Qwen2 and others like them: after a line feed that stands alone, before a space that stands
-# alone, and between a letter and a mark.
-CUT = re.compile(r'(?<=\S\n)(?=\w)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[,.:;!?，。、：；！？])')
-
-
-def cut_before(text):
-    """
-    Where to cut a text so that its two parts encode to the ids of the whole: the last such place, 0 if there is none yet, so that more text
-    is gathered. A single word of sixteen BLOCKs is none of any language and is cut where it stands.
-    """
-    for tail in (text[-1000:], text):
-        for match in reversed(list(CUT.finditer(tail))):
-            if match.start():
-                return len(text) - len(tail) + match.start()
-    return len(text) if len(text) >= 16 * BLOCK else 0
-
-
-def cut_up(parts, size):
-    """
-    (split, text, whether a part ends after it), from texts of about `size` characters that can be encoded each by itself. How the text
-    arrives in pieces makes no difference.
-    """
-    text, start, wanted = '', 0, size  # gathered, used up so far, looked at next
-    for split, more in parts:
-        if more is None:
-            yield split, text[start:], True
-            text, start, wanted = '', 0, size
-            continue
-        text, start = text[start:] + more, 0
-        while len(text) - start >= wanted:
-            cut = cut_before(text[start:start + wanted])
-            if cut:
-                yield split, text[start:start + cut], False
-            start, wanted = start + cut, size if cut else 2 * wanted
-
-
-def batches_of(texts):
-    """Lists of such texts, each of about BLOCK characters."""
-    batch, size = [], 0
-    for entry in texts:
-        batch.append(entry)
-        size += len(entry[1])
-        if size >= BLOCK:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def in_order(function, batches):
-    """function(batch) of each, computed by threads, in order; tokenizing leaves Python's lock alone. Few batches are in memory at a time."""
-    threads = num_proc or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
-    pool, waiting = ThreadPoolExecutor(threads), deque()
-    try:
-        for batch in batches:
-            waiting.append(pool.submit(function, batch))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def sample(texts, share):
-    """An even sample of texts: this share of their characters."""
-    read = taken = 0
-    for text in texts:
-        read += len(text)
-        if taken < share * read:
-            taken += len(text)
-            yield text
-
-
 def make_tokenizer(known, plan, batches, texts):
     """The tokenizer that the settings ask for. known: it, if it needs no text; batches, texts: functions that begin the second pass."""
     if tokenizer == 'bbpe':
@@ -223,8 +149,11 @@ def make_tokenizer(known, plan, batches, texts):
     if prune == 'True' or prune == 'auto' and tokenizer == 'qwen2' and plan.bytes < SMALL:
         known.encode('')  # what it builds at first use is built once, not by each thread
         used = np.zeros(known.vocab_size, dtype=bool)
+
+        def count(batch):
+            return [known.encode(text) for _, text, _ in batch], sum(len(text) for _, text, _ in batch)
         with progress('count ids', plan.characters) as bar:
-            for ids, characters in in_order(lambda batch: ([known.encode(text) for _, text, _ in batch], sum(len(text) for _, text, _ in batch)), batches()):
+            for ids, characters in in_order(count, batches(), num_proc):
                 used[np.concatenate(ids)] = True
                 bar.update(characters)
         whole, known = known.vocab_size, prune_tokenizer(known, np.flatnonzero(used).tolist())
@@ -396,7 +325,7 @@ def _encode(documents, plan, known, folder, done, progress_path):
     try:
         with progress('encode', plan.characters) as bar:
             bar.update(done['train']['characters'] + done['val']['characters'])
-            for encoded in in_order(encode, batches):
+            for encoded in in_order(encode, batches, num_proc):
                 for split, part in zip(splits, encoded):
                     split.write(*part)
                 # at one moment, so that what is noted is always the state after a whole batch
@@ -424,7 +353,8 @@ def _finish(folder, unfinished, plan, known, done):
         itos = dict(enumerate(piece.decode() for piece in known.pieces))
         with atomic(os.path.join(unfinished, 'meta.pkl')) as f:
             pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}, f)
-    names = [name for name in os.listdir(unfinished) if name != 'progress.json' and '.tmp' not in name]  # a killed run leaves those
+    os.remove(os.path.join(unfinished, 'progress.json'))  # what is cut off from here on begins anew
+    names = [name for name in os.listdir(unfinished) if '.tmp' not in name]  # a killed run leaves those
     # the new meta.json first: should this be cut off, its counts do not fit the bins, and a reader notices
     for name in sorted(names, key=lambda name: name != 'meta.json'):
         os.replace(os.path.join(unfinished, name), os.path.join(folder, name))

@@ -23,9 +23,10 @@ from conftest import make_dataset
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from core import documents as documents_module
-from core import prepare
+from core import pieces, prepare
 from core.files import ROOT
-from core.prepare import Seen, cut_before, cut_up, sample
+from core.pieces import cut_before, cut_up, sample
+from core.prepare import Seen
 from core.tokenizer import EOT, QWEN2_SPLIT, Tokenizer, load_tokenizer
 
 MIRRORS = [os.environ.get('DATA_MIRROR', ''), os.path.join(ROOT, '..', 'shared', 'data')]
@@ -131,8 +132,8 @@ def gpt2_like(tmp_path_factory):
 @pytest.fixture
 def small_blocks(monkeypatch):
     def set_block(characters):
-        monkeypatch.setattr(prepare, 'BLOCK', characters)
-        monkeypatch.setattr(documents_module, 'BLOCK', characters)
+        for module in (prepare, pieces, documents_module):
+            monkeypatch.setattr(module, 'BLOCK', characters)
     return set_block
 
 
@@ -543,8 +544,8 @@ KILLED = """
     import itertools, os, signal, sys, time
     from types import SimpleNamespace
     sys.path.insert(0, {root!r})
-    from core import documents, prepare
-    documents.BLOCK = prepare.BLOCK = 100
+    from core import documents, pieces, prepare
+    documents.BLOCK = pieces.BLOCK = prepare.BLOCK = 100
     prepare.time = SimpleNamespace(perf_counter=time.perf_counter, monotonic=itertools.count(0, 2).__next__)  # it notes every third batch
     prepare.input, prepare.tokenizer, prepare.shard_tokens, prepare.num_proc = '', {tokenizer!r}, {shard_tokens}, 2
     write, calls = prepare.Split.write, itertools.count(1)
