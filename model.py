@@ -163,16 +163,19 @@ class GPT(nn.Module):
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None, allowed=None):
         """
         Continue idx (B, T); yields the next token of every row, (B,), up to max_new_tokens times.
         temperature 0 is greedy; top_k > 0 keeps the k most likely tokens; top_p < 1 the smallest set with that much probability
-        (Holtzman et al. 2019); ids from vocab_size on (rows that only pad the matrix) are never drawn.
+        (Holtzman et al. 2019); ids from vocab_size on (rows that only pad the matrix) are never drawn; allowed() says before each draw which
+        of the others may be, (B, vocab_size) bool.
         The whole context is computed anew for each token; a cache of keys and values would live in this method.
         """
         for _ in range(max_new_tokens):
             x = self.hidden(idx[:, -self.config.block_size:])  # (B, T, C)
             logits = self.lm_head(x[:, -1]).float()[:, :vocab_size]  # (B, V)
+            if allowed:
+                logits = logits.masked_fill(~allowed()[:, :logits.size(1)].to(logits.device), float('-inf'))
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:

@@ -7,6 +7,7 @@ Continue a start string with a trained model.
 import os
 import sys
 
+import numpy as np
 import torch
 
 from core.checkpoint import load_model, source_tokenizer
@@ -64,7 +65,7 @@ if prompt.max() >= model.config.vocab_size:
 def text_of(ids):
     """The text of a sample so far, and whether it is over: it ends before <|endoftext|> and before `stop`."""
     over = tokens.eot in ids
-    text = tokens.decode(ids[:ids.index(tokens.eot)] if over else ids)
+    text = tokens.decode(ids[:ids.index(tokens.eot)] if over else ids).rstrip('\ufffd')  # without a character that is not finished yet
     if stop and stop in text:
         return text[:text.index(stop)], True
     return text, over
@@ -72,18 +73,25 @@ def text_of(ids):
 
 idx = torch.tensor(prompt, dtype=torch.int64, device=run.device).repeat(num_samples, 1)  # (num_samples, T)
 samples = [[] for _ in range(num_samples)]  # the new token ids of each
+
+
+def allowed():
+    """Which tokens may come next in each sample (num_samples, V): those that leave its bytes valid UTF-8."""
+    return torch.from_numpy(np.stack([tokens.can_follow(ids) for ids in samples]))
+
+
 texts, over = [''] * num_samples, [False] * num_samples
 stream, shown = num_samples == 1, 0
 if stream:
     print(start, end='', flush=True)
 with run.ctx():
-    for new in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tokens.vocab_size):
+    for new in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tokens.vocab_size, None if tokens.is_char else allowed):
         for i, token in enumerate(new.tolist()):
             if not over[i]:
                 samples[i].append(token)
                 texts[i], over[i] = text_of(samples[i])
-        if stream:  # hold back what may still become another character, or the stop text
-            settled = max(shown, len(texts[0].rstrip('\ufffd')) - max(len(stop) - 1, 0))
+        if stream:  # hold back what may still become the stop text
+            settled = max(shown, len(texts[0]) - max(len(stop) - 1, 0))
             print(texts[0][shown:settled], end='', flush=True)
             shown = settled
         if all(over):

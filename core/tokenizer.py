@@ -1,4 +1,5 @@
 """Text to token ids and back. A tokenizer is the text of a tokenizer.json, which `tokenizers`, `transformers` and llama.cpp read too."""
+import codecs
 import hashlib
 import json
 import os
@@ -55,6 +56,7 @@ class Tokenizer:
             self.pieces = [pieces.get(i, b'') for i in range(self.vocab_size)]
             self.eot = added[EOT]['id'] if EOT in added else None
             self._special = [token['id'] for token in added.values() if token.get('special')]
+            self._follows = {}  # can_follow's answers, by the bytes of the character that has begun
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             sys.exit(f'{name}: expected a tokenizer.json of characters or of byte-level BPE: {type(error).__name__}: {error}')
 
@@ -83,6 +85,17 @@ class Tokenizer:
         counts = np.array([sum(byte & 0xc0 != 0x80 for byte in piece) for piece in self.pieces])  # all but UTF-8's continuation bytes
         counts[self._special] = 0
         return counts
+
+    def can_follow(self, ids):
+        """Which ids leave the bytes of `ids` valid UTF-8 when they come next, (vocab_size,) bool: no sampled character is half of one."""
+        tail, begun = b''.join(self.pieces[i] for i in ids[-3:]), b''  # a character has at most three bytes before its last
+        for n in range(1, min(len(tail), 3) + 1):
+            if tail[-n] >= 0xc0:  # it begins here; how many bytes it has follows from the first
+                begun = tail[-n:] if n < 2 + (tail[-n] >= 0xe0) + (tail[-n] >= 0xf0) else b''
+                break
+        if begun not in self._follows:
+            self._follows[begun] = np.array([_is_valid(begun + piece) for piece in self.pieces])
+        return self._follows[begun]
 
     def _ids(self, text):
         """Ids of a text without special tokens, by the fastest way that there is."""
@@ -137,6 +150,15 @@ class Tokenizer:
             return None
         ranks = {self.pieces[i]: i for i in [*joined, *(self._vocab[chr(char)] for char in BYTE_OF)]}
         return tiktoken.Encoding('stonegpt', pat_str=self._split, mergeable_ranks=ranks, special_tokens={})
+
+
+def _is_valid(data):
+    """Whether these bytes are UTF-8 so far: the last character may be unfinished."""
+    try:
+        codecs.utf_8_decode(data, 'strict', False)
+        return not re.search(b'\xed[\xa0-\xbf]$', data)  # half of a UTF-16 pair, which the decoder notices only at the next byte
+    except UnicodeDecodeError:
+        return False
 
 
 def _split_pattern(spec):

@@ -1,5 +1,6 @@
 """Our ids against those of tiktoken, `tokenizers` and transformers, and what happens to input that no tokenizer can take."""
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -165,6 +166,26 @@ def test_characters_of_each_token(bpe, char):
         for text in TEXTS:
             ids = tokenizer.encode(text)
             assert counts[ids].sum() == len(tokenizer.decode(ids))
+
+
+def test_what_can_follow_is_what_stays_utf8(bpe, char):
+    """Against trying all ends that could make the bytes whole characters; and a walk at random through what can follow decodes."""
+    ends = [b''.join(end) for n in range(4) for end in itertools.product([b'\x80', b'\x90', b'\xa0', b'\xbf'], repeat=n)]
+
+    def could_be_text(data):
+        return any((data + end).decode('utf-8', 'replace').encode() == data + end for end in ends)
+    byte_id = {piece: i for i, piece in enumerate(bpe.pieces) if len(piece) == 1}
+    for character in 'aé石\u0800\ud7ff🙂\U0010ffff':
+        data = character.encode()
+        for n in range(len(data) + 1):
+            ids = [byte_id[data[i:i + 1]] for i in range(n)]
+            assert bpe.can_follow(ids).tolist() == [could_be_text(data[:n] + piece) for piece in bpe.pieces]
+    random.seed(3)
+    ids = []
+    for _ in range(2000):
+        ids.append(random.choice(np.flatnonzero(bpe.can_follow(ids)).tolist()))
+    assert '\ufffd' not in bpe.decode(ids)[:-1] and len(bpe.decode(ids)) > 1000
+    assert char.can_follow([1, 2]).all()
 
 
 def test_an_id_outside_the_vocabulary(bpe):

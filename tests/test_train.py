@@ -267,3 +267,25 @@ def test_a_new_run_in_an_old_folder_is_not_mistaken_for_the_old_one(tiny_data, t
 def test_an_odd_device_is_refused(device, tiny_data, tmp_path):
     result = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', f'--device={device}')
     assert result.code == 1 and result.err.startswith(f'device={device}: expected')
+
+
+@pytest.mark.parametrize('name', sorted(path.name for path in (ROOT / 'config').glob('train_*.py')))
+def test_every_config_trains(name, tiny_data, tmp_path):
+    """And what a laptop lays over it comes after it; both with their sizes cut."""
+    for overlay in ([], ['config/laptop.py']):
+        args = [f'config/{name}', *overlay, *TINY, '--max_iters=1', '--wandb_log=False', f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}']
+        result = run_script('train.py', *args)
+        assert result.code == 0 and 'step 1: train loss' in result.out, result.err
+
+
+def test_samples_are_whole_characters(tmp_path):
+    """Of a network that knows nothing and a vocabulary that is mostly bytes: it would write broken characters, and may not."""
+    text = '满纸荒唐言，一把辛酸泪。都云作者痴，谁解其中味？🙂\n' * 30
+    (tmp_path / 'input.txt').write_text(text, encoding='utf-8')
+    make_dataset(tmp_path / 'd', str(tmp_path / 'input.txt'), tokenizer='bbpe', vocab_size=270)
+    train(tmp_path / 'd', tmp_path / 'out', '--max_iters=1')
+    for number in (1, 3):
+        result = run_script('sample.py', f'--out_dir={tmp_path / "out"}', '--device=cpu', '--start=满纸', f'--num_samples={number}',
+                            '--max_new_tokens=60', '--temperature=1.5')
+        sample = result.out[result.out.index('满纸'):]
+        assert result.code == 0 and '\ufffd' not in sample and len(sample) > 20 * number, result.err
