@@ -33,10 +33,15 @@ def find_files(path):
             sys.exit(f'{path}: no such file or folder; expected {EXPECTED}')
         return [path]
     found = []
-    for folder, folders, names in os.walk(path):
+    for folder, folders, names in os.walk(path, onerror=_cannot_read):
         folders[:] = [name for name in folders if not name.startswith('.')]
         found += [os.path.join(folder, name) for name in names if name.lower().endswith(ENDINGS) and not name.startswith('.')]
+    found = [path for path in found if os.path.isfile(path)]
     return sorted(found) or sys.exit(f'{path}: no {", ".join(ENDINGS[1:])} or {ENDINGS[0]} file in this folder')
+
+
+def _cannot_read(error):
+    sys.exit(f'{error.filename}: {error.strerror}; expected {EXPECTED}')
 
 
 def read_documents(paths, field='text', skip_bad=False):
@@ -58,8 +63,8 @@ def read_documents(paths, field='text', skip_bad=False):
                 is_jsonl = (stem if ending in PACKED else path.lower()).endswith('.jsonl')
                 yield from _read_jsonl(path, encoding, field) if is_jsonl else _read_text(path, encoding)
             elif not skip_bad:
-                sys.exit(f'{path}: {fault}, nor does another encoding fit; convert the file, for example: '
-                         f'iconv -c -f GB18030 -t UTF-8 {path} > utf8.txt; --skip_bad=True leaves such files out')
+                sys.exit(f'{path}: {fault}, nor does another encoding fit; convert it from the one it is in, for example: '
+                         'iconv -f LATIN1 -t UTF-8 FILE > utf8.txt; --skip_bad=True leaves such files out')
             elif path not in skipped:
                 skipped.append(path)
                 print(f'{path}: left out: {fault}, nor does another encoding fit', file=sys.stderr)
@@ -199,7 +204,9 @@ def _read_jsonl(path, encoding, field):
             continue
         try:
             text = json.loads(line)[field]
-            text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')  # JSON can spell half a character
+            if not isinstance(text, str | None):
+                raise TypeError(f'it is a {type(text).__name__}')
+            text = (text or '').encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')  # JSON can spell half a character
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             sys.exit(f'{path}, line {number}: expected an object with a text in "{field}" (--field names another): '
                      f'{type(error).__name__}: {error}')

@@ -17,9 +17,9 @@ def cut_before(text):
     is gathered. A single word of sixteen BLOCKs is none of any language and is cut where it stands.
     """
     for tail in (text[-1000:], text):
-        for match in reversed(list(CUT.finditer(tail))):
-            if match.start():
-                return len(text) - len(tail) + match.start()
+        places = [match.start() for match in CUT.finditer(tail)]
+        if places:
+            return len(text) - len(tail) + places[-1]
     return len(text) if len(text) >= 16 * BLOCK else 0
 
 

@@ -1,7 +1,8 @@
 """
 What every prepare.py shares: from text to a dataset folder, in two passes over the documents, never more than some MB of them in memory.
-The first looks (how many, which are duplicates, where the splits part, which characters there are), the second encodes and writes. What it
-writes lies in the folder's unfinished/ until all is done; interrupted, the same command goes on from there.
+The first looks (how many, which are duplicates, where the splits part, which characters there are), the second encodes and writes; a
+tokenizer that is trained or pruned reads them once between. What is
+written lies in the folder's unfinished/ until all is done; interrupted, the same command goes on from there.
 """
 import hashlib
 import json
@@ -19,7 +20,7 @@ import numpy as np
 
 from core.documents import BLOCK, read_documents, skipped
 from core.fetch import progress
-from core.files import atomic
+from core.files import atomic, find
 from core.pieces import batches_of, cut_up, in_order, sample
 from core.tokenizer import EOT, char_tokenizer, load_tokenizer, prune_tokenizer, train_bpe
 
@@ -40,6 +41,7 @@ num_proc = 0  # threads that encode; 0: one for each core
 skip_bad = False  # leave out files that no encoding fits, rather than stop there
 
 MANY = 1000  # documents: from here on validation takes whole ones
+LAPTOP = '\n(without a GPU put config/laptop.py behind the config file)'
 SMALL = 100_000_000  # bytes of text that use so few of Qwen2's ids that the others would only be in the way
 
 # ----------------------------------------------------------------------------- first pass
@@ -111,15 +113,20 @@ def survey(documents):
 # ----------------------------------------------------------------------------- second pass
 
 
+def _cut(length):
+    """How many characters of a document, of those that are split up, are for training."""
+    return int(length * (1 - val_fraction))
+
+
 def parts_of(documents, plan):
     """The documents that are kept, split up: (0 for training or 1 for validation, text), and (the same, None) at the end of each part."""
-    lengths, draw = iter(plan.lengths), random.Random(seed)
+    cuts, draw = map(_cut, plan.lengths), random.Random(seed)
     number = start = 0  # of the document; of the text in it
     for text in documents:
         if not start:
             kept = plan.keep[number]
             if kept:  # its characters from `cut` on are for validation
-                cut = int(next(lengths) * (1 - val_fraction)) if plan.lengths else 0 if draw.random() < val_fraction else sys.maxsize
+                cut = next(cuts) if plan.lengths else 0 if draw.random() < val_fraction else sys.maxsize
         if text is None:
             if kept:
                 yield int(start > cut), None
@@ -138,13 +145,13 @@ def parts_of(documents, plan):
         start += len(text)
 
 
-def make_tokenizer(known, plan, batches, texts):
-    """The tokenizer that the settings ask for. known: it, if it needs no text; batches, texts: functions that begin the second pass."""
+def make_tokenizer(known, plan, texts):
+    """The tokenizer that the settings ask for. known: it, if it needs no text; texts(size): begins the second pass, see cut_up."""
     if tokenizer == 'bbpe':
         share = min(1, train_bytes / plan.bytes / (1 - val_fraction))
         print(f'training a tokenizer of {vocab_size:,} ids on {share * plan.bytes * (1 - val_fraction) / 1e6:,.1f} MB ...', flush=True)
         started = time.perf_counter()
-        known = train_bpe(sample(texts(), share), vocab_size)
+        known = train_bpe(sample((text for split, text, _ in texts(BLOCK // 16) if split == 0), share), vocab_size)
         print(f'... in {time.perf_counter() - started:.1f} s')
     if prune == 'True' or prune == 'auto' and tokenizer == 'qwen2' and plan.bytes < SMALL:
         known.encode('')  # what it builds at first use is built once, not by each thread
@@ -153,7 +160,7 @@ def make_tokenizer(known, plan, batches, texts):
         def count(batch):
             return [known.encode(text) for _, text, _ in batch], sum(len(text) for _, text, _ in batch)
         with progress('count ids', plan.characters) as bar:
-            for ids, characters in in_order(count, batches(), num_proc):
+            for ids, characters in in_order(count, batches_of(texts()), num_proc):
                 used[np.concatenate(ids)] = True
                 bar.update(characters)
         whole, known = known.vocab_size, prune_tokenizer(known, np.flatnonzero(used).tolist())
@@ -210,10 +217,11 @@ def prepare(folder, source, next_command=''):
     _check_settings()
     try:
         plan, known, done = _prepare(folder, source)
-    except OSError as error:
-        sys.exit(f'{folder}: cannot write the dataset: {error}; what is done stays in unfinished/, and the same command goes on from there')
-    except KeyboardInterrupt:
-        print('stopped; the same command goes on from here', file=sys.stderr)
+    except (OSError, KeyboardInterrupt) as error:
+        kept = os.path.exists(os.path.join(folder, 'unfinished', 'progress.json'))
+        if isinstance(error, OSError):
+            sys.exit(f'{folder}: cannot write the dataset: {error}' + '; what is done stays in unfinished/, and the same command goes on from there' * kept)
+        print('stopped; the same command ' + ('goes on from here' if kept else 'begins anew'), file=sys.stderr)
         sys.exit(130)
     size, has_chars = known.vocab_size, known.is_char and known.eot is not None
     print('vocabulary: ' + (f'{size - 1:,} characters and {EOT}' if has_chars else f'{size:,} tokens'))
@@ -223,16 +231,20 @@ def prepare(folder, source, next_command=''):
           f'{plan.characters / (done["train"]["tokens"] + done["val"]["tokens"]):.2f} a token; {time.perf_counter() - started:.1f} s'
           + (f'; files skipped: {len(skipped)}' if skipped else ''))
     dataset, config = os.path.basename(os.path.normpath(folder)), 'shakespeare_char' if known.is_char else 'hongloumeng_bbpe'
-    print(f'written to {folder}; next:\n' + (next_command or f'python train.py config/train_{config}.py --dataset={dataset} --out_dir=out-{dataset}'))
-    print('(without a GPU put config/laptop.py behind that config file)')
+    print(f'written to {folder}; next:\n' + (next_command or f'python train.py config/train_{config}.py --dataset={dataset} --out_dir=out-{dataset}{LAPTOP}'))
 
 
 def _prepare(folder, source):
     """prepare() without its messages. Returns the plan, the tokenizer, and what was written."""
+    if tokenizer not in ('char', 'bbpe', 'gpt2', 'qwen2') and not os.path.exists(find(tokenizer)):
+        sys.exit(f'tokenizer={tokenizer}: expected char, bbpe, gpt2, qwen2, or the path of a tokenizer.json or of a folder that has one')
     known = None if tokenizer in ('char', 'bbpe') else load_tokenizer(tokenizer)
 
     def documents():
         return read_documents(source() if callable(source) else source, field, skip_bad)
+
+    def texts(size=BLOCK):
+        return cut_up(parts_of(documents(), plan), size)
     plan = survey(documents())
     for reason, number in plan.dropped.items():
         print(f'left out: {number:,} {reason} document{"s" * (number > 1)}')
@@ -255,18 +267,20 @@ def _prepare(folder, source):
         else:
             shutil.rmtree(unfinished, ignore_errors=True)
             os.makedirs(unfinished)
-            known = make_tokenizer(known, plan, lambda: batches_of(cut_up(parts_of(documents(), plan), BLOCK)),
-                                   lambda: (text for split, text, _ in cut_up(parts_of(documents(), plan), BLOCK // 16) if split == 0))
+            known = make_tokenizer(known, plan, texts)
             if plan.n_documents > 1 and known.eot is None:
                 sys.exit(f'{plan.n_documents:,} documents, but the tokenizer has no {EOT} to put between them: join them, or use another tokenizer')
             _write(tokenizer_path, known.json)
             done = {'task': task, 'batches': 0, **{name: {'tokens': 0, 'characters': 0, 'bytes': 0} for name in ('train', 'val')}}
             _write(progress_path, json.dumps(done))
-        done = _encode(documents(), plan, known, unfinished, done, progress_path)
+        done = _encode(batches_of(texts()), plan, known, unfinished, done, progress_path)
         _finish(folder, unfinished, plan, known, done)
-    except SystemExit:
-        if not _read_json(progress_path).get('batches'):  # there is nothing to go on with
+    except BaseException as error:
+        noted = _read_json(progress_path)
+        if not noted or isinstance(error, SystemExit) and not noted['batches']:  # there is nothing to go on with
             shutil.rmtree(unfinished, ignore_errors=True)
+            if os.path.isdir(folder) and not os.listdir(folder):
+                os.rmdir(folder)
         raise
     return plan, known, done
 
@@ -288,8 +302,8 @@ def _check_settings():
 def _check_split(plan):
     """Exit unless both splits, where two are asked for, will have text."""
     lengths, draw = plan.lengths, random.Random(seed)
-    cuts = [int(length * (1 - val_fraction)) for length in lengths]
-    train, val = sum(cuts), sum(lengths) - sum(cuts)
+    train = sum(map(_cut, lengths))
+    val = sum(lengths) - train
     if not lengths:
         drawn = sum(draw.random() < val_fraction for _ in range(plan.n_documents))
         train, val = plan.n_documents - drawn, drawn
@@ -299,7 +313,7 @@ def _check_split(plan):
                      'take another, or 0 for no validation split')
 
 
-def _encode(documents, plan, known, folder, done, progress_path):
+def _encode(batches, plan, known, folder, done, progress_path):
     """The second pass: encode and write, from batch done['batches'] on; notes every few seconds how far it is."""
     dtype = np.dtype('<u4' if known.vocab_size > 2**16 else '<u2')
     eot = [known.eot] if plan.n_documents > 1 else []
@@ -319,7 +333,6 @@ def _encode(documents, plan, known, folder, done, progress_path):
         _write(progress_path, json.dumps(done))
     known.encode('')  # what it builds at first use is built once, not by each thread
     noted = time.monotonic()
-    batches = batches_of(cut_up(parts_of(documents, plan), BLOCK))
     for _ in range(done['batches']):
         next(batches)
     try:
@@ -354,21 +367,22 @@ def _finish(folder, unfinished, plan, known, done):
         with atomic(os.path.join(unfinished, 'meta.pkl')) as f:
             pickle.dump({'vocab_size': len(itos), 'itos': itos, 'stoi': {char: i for i, char in itos.items()}}, f)
     os.remove(os.path.join(unfinished, 'progress.json'))  # what is cut off from here on begins anew
-    names = [name for name in os.listdir(unfinished) if '.tmp' not in name]  # a killed run leaves those
-    # the new meta.json first: should this be cut off, its counts do not fit the bins, and a reader notices
-    for name in sorted(names, key=lambda name: name != 'meta.json'):
-        os.replace(os.path.join(unfinished, name), os.path.join(folder, name))
-    for stale in os.listdir(folder):
-        if stale not in names and (stale == 'meta.pkl' or re.fullmatch(r'(train|val)(_\d{5,})?\.bin', stale)):
-            os.remove(os.path.join(folder, stale))
+    for old in os.listdir(folder):
+        if old == 'meta.pkl' or re.fullmatch(r'(train|val)(_\d{5,})?\.bin', old):
+            os.remove(os.path.join(folder, old))
+    # the training tokens last: should this be cut off, they are missing or too few, and a reader notices
+    for name in sorted(os.listdir(unfinished), key=lambda name: name.startswith('train')):
+        if '.tmp' not in name:  # a killed run leaves those
+            os.replace(os.path.join(unfinished, name), os.path.join(folder, name))
     shutil.rmtree(unfinished)
 
 
 def _read_json(path):
+    """progress.json; {} if there is none."""
     try:
         with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except (OSError, ValueError):
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

@@ -32,12 +32,12 @@ def open_dataset(name):
             weights.append(float(weight))
         except ValueError:
             weights.append(0)
-        if not weights[-1] > 0:
+        if not 0 < weights[-1] < float('inf'):
             sys.exit(f'dataset={name}: the weight {weight} of {folder} should be a number above 0, as in a:0.7,b:0.3')
         parts.append(_open_folder(folder.strip()))
     first = parts[0]
     for part in parts[1:]:
-        if part.vocab_size != first.vocab_size or part.tokenizer and first.tokenizer and part.tokenizer.json != first.tokenizer.json:
+        if part.dtype != first.dtype or part.vocab_size != first.vocab_size or part.tokenizer and first.tokenizer and part.tokenizer.json != first.tokenizer.json:
             sys.exit(f'dataset={name}: {part.folder} and {first.folder} have different tokenizers, so they cannot be mixed; prepare one with '
                      f"the other's: --tokenizer={first.folder}/tokenizer.json")
     if first.tokenizer:

@@ -258,7 +258,7 @@ def test_jsonl_half_a_character(tmp_path):
 
 
 @pytest.mark.parametrize('line, expected', [
-    ('{"text": ', 'JSONDecodeError'), ('{"content": "a"}', 'KeyError'), ('{"text": 5}', 'AttributeError'), ('{"text": null}', 'AttributeError'),
+    ('{"text": ', 'JSONDecodeError'), ('{"content": "a"}', 'KeyError'), ('{"text": 5}', 'it is a int'),
     ('"text"', 'TypeError'), ('[' * 100_000, 'RecursionError'), ('\ufeff{"text": "a"}', 'JSONDecodeError')])
 def test_bad_jsonl(tmp_path, line, expected):
     path = write(tmp_path / 'x.jsonl', '{"text": "a"}\n\n' + line + '\n')
@@ -383,3 +383,9 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, 'guess_encoding', lambda path: ('utf-8', ''))  # as it was a moment ago
     path = write(tmp_path / 'x.txt', b'\xff')
     assert exit_line(list, read_documents(path)).startswith(f'{path}: damaged')
+
+
+def test_null_is_a_document_without_text(tmp_path):
+    """In a .jsonl as in a .parquet file."""
+    path = write(tmp_path / 'x.jsonl', '{"text": null}\n{"text": "a"}\n{"text": ""}\n')
+    assert list(read_documents(path)) == [None, 'a', None, None]

@@ -17,7 +17,7 @@ BY_MAKE = ('git clone', 'make ', 'python3 -m venv', '. .venv', 'pip install')  #
 
 def commands(readme):
     text = (ROOT / readme).read_text(encoding='utf-8')
-    return [line for block in re.findall(r'```sh\n(.*?)```', text, re.DOTALL) for line in block.splitlines()]
+    return [line.partition('  # ')[0].rstrip() for block in re.findall(r'```sh\n(.*?)```', text, re.DOTALL) for line in block.splitlines()]
 
 
 def test_both_readmes_have_the_same_commands_and_figures():

@@ -5,6 +5,7 @@ Prepare your own text, in any of the usual formats and encodings, at any size: a
     python train.py config/train_shakespeare_char.py --dataset=my --out_dir=out-my
 """
 import os
+import re
 import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
@@ -12,11 +13,14 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 from core.files import find
 from core.prepare import prepare
 
-name = ''  # of the dataset folder; '': the name of the input without its ending
+name = ''  # of the dataset folder; '': the name of the input without its endings
 _settings = 'core.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 if not input:
     sys.exit('no input given: python data/any_text/prepare.py --input=my.txt (or .jsonl, .parquet, a folder of these)')
-stem = os.path.basename(os.path.abspath(os.path.expanduser(input))).partition('.')[0]
-prepare(os.path.join(find('data'), name or stem), input)
+stem = re.sub(r'(?i)(\.txt|\.jsonl|\.parquet)?(\.gz|\.bz2|\.xz|\.zst)?$', '', os.path.basename(os.path.abspath(os.path.expanduser(input))))
+name = name or re.sub(r'[^\w.-]+', '-', stem).strip('.-')  # what --dataset takes without quotes
+if not name:
+    sys.exit(f'input={input}: this gives no name for the dataset folder; choose one by --name=...')
+prepare(os.path.join(find('data'), name), input)

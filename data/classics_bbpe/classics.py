@@ -5,6 +5,7 @@ The raw files come from two collections on GitHub, each at a fixed commit. All f
 titles, a contents list, a site's advertisement. The clean texts are the novels alone, a paragraph or a line of verse on each line. Slips of
 the sources stay as they are, above all a '?' where a character was lost: 39 in 红楼梦, 512 in 水浒传, 11 in 三国演义.
 """
+import functools
 import re
 from urllib.parse import quote
 
@@ -30,6 +31,7 @@ NOVELS = {  # name: (title, url, sha256 of the clean text, [(pattern, replacemen
 SHARED = [(r'\A((?!第一回|引首).*\n)+', '')]
 
 
+@functools.cache  # the documents are read twice
 def novel(name, path):
     """Fetch a novel to `path`, unless it is there already. Returns the path."""
     _, url, sha256, _ = NOVELS[name]

@@ -9,12 +9,12 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 
 from classics import NOVELS, novel
 
-from core.prepare import prepare
+from core.prepare import LAPTOP, prepare
 
 tokenizer = 'bbpe'  # trained on these novels
 _settings = 'core.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
-prepare(folder, input or [novel(name, os.path.join(folder, 'input', f'{name}.txt')) for name in NOVELS],
-        'python train.py config/train_classics_bbpe.py')
+prepare(folder, input or (lambda: [novel(name, os.path.join(folder, 'input', f'{name}.txt')) for name in NOVELS]),
+        'python train.py config/train_classics_bbpe.py' + LAPTOP)

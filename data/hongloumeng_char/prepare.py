@@ -10,11 +10,11 @@ sys.path.append(os.path.join(sys.path[0], 'data', 'classics_bbpe'))  # the text 
 
 from classics import novel
 
-from core.prepare import prepare
+from core.prepare import LAPTOP, prepare
 
 tokenizer = 'char'  # every character is a token
 _settings = 'core.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
-prepare(folder, input or novel('hongloumeng', os.path.join(folder, 'input.txt')), 'python train.py config/train_hongloumeng_char.py')
+prepare(folder, input or (lambda: novel('hongloumeng', os.path.join(folder, 'input.txt'))), 'python train.py config/train_hongloumeng_char.py' + LAPTOP)

@@ -9,7 +9,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
 
-from core.prepare import prepare
+from core.prepare import LAPTOP, prepare
 
 tokenizer = 'bbpe'  # trained on these novels
 vocab_size = 16384  # dozens of novels have words enough for so many ids
@@ -18,4 +18,4 @@ exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read()
 
 if not input:
     sys.exit('no input given: python data/novels/prepare.py --input=~/novels, a folder of .txt files')
-prepare(os.path.dirname(os.path.abspath(__file__)), input, 'python train.py config/train_novels.py')
+prepare(os.path.dirname(os.path.abspath(__file__)), input, 'python train.py config/train_novels.py' + LAPTOP)
