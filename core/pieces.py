@@ -14,13 +14,13 @@ CUT = re.compile(r'(?<=\S\n)(?=\w)|(?<=\S)(?= \S)|(?<=[^\W\d_])(?=[,.:;!?，。�
 def cut_before(text):
     """
     Where to cut a text so that its two parts encode to the ids of the whole: the last such place, 0 if there is none yet, so that more text
-    is gathered. A single word of sixteen BLOCKs is none of any language and is cut where it stands.
+    is gathered. A single word of a million characters is none of any language and is cut where it stands.
     """
     for tail in (text[-1000:], text):
         places = [match.start() for match in CUT.finditer(tail)]
         if places:
             return len(text) - len(tail) + places[-1]
-    return len(text) if len(text) >= 16 * BLOCK else 0
+    return len(text) if len(text) >= 4 * BLOCK else 0
 
 
 def cut_up(parts, size):

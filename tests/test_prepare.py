@@ -419,17 +419,17 @@ def test_where_to_cut():
 
 
 def test_a_text_without_a_safe_place(tmp_path, bpe, small_blocks):
-    """Up to sixteen blocks it is encoded in one; beyond, it is cut and still comes back."""
+    """Up to four blocks it is encoded in one; beyond, it is cut and still comes back."""
     small_blocks(8)
-    assert cut_before('x' * 127) == 0 and cut_before('x' * 128) == 128
+    assert cut_before('x' * 31) == 0 and cut_before('x' * 32) == 32
     rng = random.Random(0)
-    texts = {n: [''.join(rng.choices(['text', 'token', 'is', 's'], k=n))[:n] for _ in range(9)] for n in (127, 1000)}
+    texts = {n: [''.join(rng.choices(['text', 'token', 'is', 's'], k=n))[:n] for _ in range(9)] for n in (31, 1000)}
     for n in texts:
         for text in texts[n]:
             bins = make(tmp_path / 'd', write(tmp_path / 'x.txt', text), tokenizer=bpe.path, val_fraction=0.0)
-            pieces = [text] if n == 127 else [text[i:i + 128] for i in range(0, 1000, 128)]
+            pieces = [text] if n == 31 else [text[i:i + 32] for i in range(0, 1000, 32)]
             assert bins['train'] == [i for piece in pieces for i in bpe.encode(piece).tolist()] and bpe.decode(bins['train']) == text
-    assert any(bpe.encode(text[:128]).tolist() + bpe.encode(text[128:]).tolist() != bpe.encode(text).tolist() for text in texts[1000])  # if need be
+    assert any(bpe.encode(text[:32]).tolist() + bpe.encode(text[32:]).tolist() != bpe.encode(text).tolist() for text in texts[1000])  # if need be
 
 # ----------------------------------------------------------------------------- shards
 
