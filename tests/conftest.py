@@ -73,6 +73,22 @@ def make_dataset(folder, source, **settings):
     return out.getvalue()
 
 
+def exit_line(function, *args, **kwargs):
+    """The line with which this call ends the script."""
+    with pytest.raises(SystemExit) as stopped:
+        function(*args, **kwargs)
+    line = stopped.value.code
+    assert isinstance(line, str) and line and '\n' not in line
+    return line
+
+
+def write(path, data):
+    """Write text or bytes to a new file, in folders that may be new; returns its path as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return str(path)
+
+
 def losses_of(out_dir, column='loss'):
     """[(step, number)] of one column of a run's log.csv."""
     import csv

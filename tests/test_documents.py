@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 
 import pytest
+from conftest import exit_line, write
 
 from core import documents
 from core.documents import find_files, guess_encoding, read_documents
@@ -25,12 +26,6 @@ PACKERS = {'': bytes, '.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.co
            '.zst': lambda data: pytest.importorskip('zstandard').ZstdCompressor().compress(data)}
 
 
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return str(path)
-
-
 def read(paths, *args, **kwargs):
     """[the text of each document]; every document must end."""
     texts, parts = [], []
@@ -43,15 +38,6 @@ def read(paths, *args, **kwargs):
             parts.append(piece)
     assert not parts
     return texts
-
-
-def exit_line(function, *args, **kwargs):
-    """The line with which this call ends the script."""
-    with pytest.raises(SystemExit) as stopped:
-        function(*args, **kwargs)
-    line = stopped.value.code
-    assert isinstance(line, str) and line and '\n' not in line
-    return line
 
 
 def one_newline(text):

@@ -7,27 +7,13 @@ import threading
 import zipfile
 
 import pytest
+from conftest import exit_line, write
 
 from core import fetch as module
 from core.fetch import fetch
 
 NO_NETWORK = {'http_proxy': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9', 'no_proxy': '', 'PIP_NO_INDEX': '1',
               'PIP_FIND_LINKS': '', 'PIP_CONFIG_FILE': os.devnull}
-
-
-def exit_line(function, *args, **kwargs):
-    """The line with which this call ends the script."""
-    with pytest.raises(SystemExit) as stopped:
-        function(*args, **kwargs)
-    line = stopped.value.code
-    assert isinstance(line, str) and line and '\n' not in line
-    return line
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return str(path)
 
 
 @pytest.fixture

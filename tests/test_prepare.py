@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tokenizers
-from conftest import make_dataset
+from conftest import exit_line, make_dataset, write
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from core import documents as documents_module
@@ -41,21 +41,6 @@ CHINESE = ('满纸荒唐言，一把辛酸泪。都云作者痴，谁解其中�
            '而借“通灵”之说，撰此《石头记》一书也。故曰“甄士隐”云云。')
 POOL = ['\nso', ' on', '\n', ' ', '  ', '\n\n', '\t', 'it\'s', 'two', '石头', '!', '?\n', ' 1', '12', '\u3000', '\x85', '🙂', 'e\u0301', EOT,  # plain
         '满纸荒唐言，', '一把辛酸泪。', '\r\n', '\r', '\u0301', '\u0301,', 'a\u0327\u0301.', '\u1100\u1161', '\u11a8!', '½,', '٣。', '_;', 'x:', '\x1c']
-
-
-def exit_line(function, *args, **kwargs):
-    """The line with which this call ends the script."""
-    with pytest.raises(SystemExit) as stopped:
-        function(*args, **kwargs)
-    line = stopped.value.code
-    assert isinstance(line, str) and line and '\n' not in line
-    return line
-
-
-def write(path, data):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return str(path)
 
 
 def write_jsonl(path, texts):
@@ -992,6 +977,15 @@ def test_hongloumeng_char(house):
         expected = nanogpt_char(f.read())
     folder = house.root / 'data' / 'hongloumeng_char'
     assert [(folder / name).read_bytes() for name in ('train.bin', 'val.bin')] == expected
+
+
+@needs_novel
+@pytest.mark.parametrize('name', ['hongloumeng_char', 'hongloumeng_bbpe', pytest.param('hongloumeng_qwen2', marks=pytest.mark.network),
+                                  pytest.param('classics_bbpe', marks=pytest.mark.slow)])
+def test_the_numbers_of_the_readme(house, name):
+    done = house(f'data/{name}/prepare.py', DATA_MIRROR=MIRROR, XDG_CACHE_HOME=os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'))
+    assert done.returncode == 0, done.stderr
+    assert len(readme_numbers(name)) == 3 and set(readme_numbers(name)) <= set(done.stdout.splitlines())
 
 
 def test_the_scripts_of_a_bbpe(house, tmp_path):

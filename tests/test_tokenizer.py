@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiktoken
 import tokenizers
+from conftest import exit_line
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from core import tokenizer as module
@@ -29,15 +30,6 @@ TEXTS = [
 ]
 random.seed(0)
 TEXTS += [''.join(random.choice(' \n\tabAB19\'.,!石é🙂\r') for _ in range(200)) for _ in range(50)]
-
-
-def exit_line(function, *args):
-    """The line with which this call ends the script."""
-    with pytest.raises(SystemExit) as stopped:
-        function(*args)
-    line = stopped.value.code
-    assert isinstance(line, str) and line and '\n' not in line
-    return line
 
 
 @lru_cache
