@@ -127,7 +127,7 @@ def house(tmp_path):
     """A copy of what the prepare scripts need, so that no test writes to the real folders: run(script, *arguments) in it."""
     root = tmp_path / 'house'
     root.mkdir()
-    scripts = ['any_text', 'classics_bbpe', 'hongloumeng_bbpe', 'hongloumeng_char', 'novels', 'shakespeare', 'shakespeare_char']
+    scripts = ['any_text', 'classics_bbpe', 'hongloumeng_bbpe', 'hongloumeng_char', 'hongloumeng_qwen2', 'novels', 'shakespeare', 'shakespeare_char']
     for name in ('configurator.py', 'core', *(f'data/{script}' for script in scripts)):
         source = os.path.join(ROOT, name)
         if os.path.isdir(source):
