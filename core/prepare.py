@@ -214,6 +214,7 @@ def prepare(folder, source, next_command=''):
     With several documents each part of one is followed by EOT; one alone is not, so that its tokens are nanoGPT's.
     """
     started = time.perf_counter()
+    skipped.clear()
     _check_settings()
     try:
         plan, known, done = _prepare(folder, source)
