@@ -137,9 +137,8 @@ else:
     model.crop_block_size(min(block_size, model.config.block_size))
 block_size = model.config.block_size
 config.update({key: getattr(model.config, key) for key in shape})  # what is saved is what was used
-shortest = data.shortest
-if shortest <= block_size:
-    sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {shortest}; use --block_size={max(shortest - 1, 1)} or less')
+if data.shortest <= block_size:
+    sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
 eot_on_top = data.tokenizer is not None and data.tokenizer.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
 if data.vocab_size - eot_on_top > model.config.vocab_size:
     sys.exit(f'dataset={dataset} has {data.vocab_size:,} token ids and the model only {model.config.vocab_size:,}; they need the same tokenizer')

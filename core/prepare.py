@@ -100,7 +100,9 @@ def survey(documents):
                 plan.dropped[reason] += 1
             else:
                 plan.n_documents, plan.characters, plan.bytes = plan.n_documents + 1, plan.characters + length, plan.bytes + size
-                plan.lengths = plan.lengths + [length] if plan.n_documents <= MANY else []
+                plan.lengths.append(length)
+                if plan.n_documents > MANY:
+                    plan.lengths.clear()
                 plan.chars |= chars
                 all_documents.update(digest.digest())
                 if plan.n_documents == limit:
@@ -236,7 +238,7 @@ def prepare(folder, source, next_command=''):
 
 
 def _prepare(folder, source):
-    """prepare() without its messages. Returns the plan, the tokenizer, and what was written."""
+    """The work of prepare(). Returns the plan, the tokenizer, and what was written; lets Ctrl-C and a full disk through."""
     if tokenizer not in ('char', 'bbpe', 'gpt2', 'qwen2') and not os.path.exists(find(tokenizer)):
         sys.exit(f'tokenizer={tokenizer}: expected char, bbpe, gpt2, qwen2, or the path of a tokenizer.json or of a folder that has one')
     known = None if tokenizer in ('char', 'bbpe') else load_tokenizer(tokenizer)
@@ -302,12 +304,13 @@ def _check_settings():
 
 def _check_split(plan):
     """Exit unless both splits, where two are asked for, will have text."""
-    lengths, draw = plan.lengths, random.Random(seed)
-    train = sum(map(_cut, lengths))
-    val = sum(lengths) - train
-    if not lengths:
-        drawn = sum(draw.random() < val_fraction for _ in range(plan.n_documents))
-        train, val = plan.n_documents - drawn, drawn
+    if plan.lengths:
+        train = sum(map(_cut, plan.lengths))
+        val = sum(plan.lengths) - train
+    else:
+        draw = random.Random(seed)
+        val = sum(draw.random() < val_fraction for _ in range(plan.n_documents))
+        train = plan.n_documents - val
     for name, size in (('training', train), ('validation', val)):
         if not size and (name == 'training' or val_fraction):
             sys.exit(f'val_fraction={val_fraction} leaves nothing for {name} of {plan.n_documents:,} document{"s" * (plan.n_documents > 1)}, {plan.characters:,} characters; '

@@ -123,6 +123,11 @@ class Tokenizer:
             table[ord(char)] = i
         return table
 
+    @property
+    def _merges(self):
+        """The pairs that a BPE merges, in order."""
+        return [pair.split(' ') if isinstance(pair, str) else pair for pair in self._spec['model']['merges']]
+
     @cached_property
     def _tokenizers(self):
         """The same tokenizer in the `tokenizers` library, without added tokens, so that these are ordinary text."""
@@ -140,8 +145,7 @@ class Tokenizer:
         unusual = any(model.get(key) for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'ignore_merges'))
         if unusual or not self._split or (self._spec.get('normalizer') or {}).get('type') not in (None, 'NFC'):
             return None
-        merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
-        joined = [self._vocab[''.join(pair)] for pair in merges]
+        joined = [self._vocab[''.join(pair)] for pair in self._merges]
         if any(a >= b for a, b in zip(joined, joined[1:])):
             return None
         try:
@@ -178,10 +182,15 @@ def _split_pattern(spec):
     return ''
 
 
+def _added_tokens(vocab, specials=(EOT,)):
+    """How a tokenizer.json names those of the `specials` that are in its vocabulary."""
+    exactly = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
+    return [{'id': vocab[token], 'content': token, **exactly, 'special': True} for token in specials if token in vocab]
+
+
 def _tokenizer_json(vocab, model, pre_tokenizer, decoder, normalizer=None, specials=(EOT,)):
     """The text of a tokenizer.json. The `specials` that are in the vocabulary are its special tokens."""
-    exactly = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False}
-    added = [{'id': vocab[token], 'content': token, **exactly, 'special': True} for token in specials if token in vocab]
+    added = _added_tokens(vocab, specials)
     return json.dumps({'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': added, 'normalizer': normalizer,
                        'pre_tokenizer': pre_tokenizer, 'post_processor': None, 'decoder': decoder, 'model': model}, ensure_ascii=False)
 
@@ -266,8 +275,7 @@ def prune_tokenizer(tokenizer, used):
     A byte-level BPE cut down to the ids that a corpus uses, all from which these are merged, and the 256 bytes, renumbered in their old order,
     EOT last. It cuts that corpus into the same tokens: a merge that led to none of them was never made there. Any other text still encodes.
     """
-    model = tokenizer._spec['model']
-    merges = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
+    model, merges = tokenizer._spec['model'], tokenizer._merges
     parts = {}  # of each token: those of all merges that make it
     for pair in merges:
         parts.setdefault(''.join(pair), []).extend(pair)
@@ -279,9 +287,8 @@ def prune_tokenizer(tokenizer, used):
             keep.add(token)
             todo += parts.get(token, [])
     vocab = {token: i for i, token in enumerate([*sorted(keep, key=tokenizer._vocab.get), EOT])}
-    end = {'id': vocab[EOT], 'content': EOT, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
     model = {**model, 'vocab': vocab, 'merges': [pair for pair in merges if ''.join(pair) in keep]}
-    return Tokenizer(json.dumps({**tokenizer._spec, 'added_tokens': [end], 'post_processor': None, 'model': model}, ensure_ascii=False))
+    return Tokenizer(json.dumps({**tokenizer._spec, 'added_tokens': _added_tokens(vocab), 'post_processor': None, 'model': model}, ensure_ascii=False))
 
 
 def load_tokenizer(name):
