@@ -72,9 +72,9 @@ elif what == 'attention':
     print('B x nh x T x hs        dtype      fused ms   plain ms   (forward and backward)')
     for B, nh, T, hs in ((12, 4, 64, 32), (16, 4, 128, 40), (8, 4, 256, 32), (64, 6, 256, 64), (4, 12, 512, 64), (1, 12, 1024, 64)):
         for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(B, T, 3, nh, hs, dtype=dtype, requires_grad=True)  # laid out as the network lays it out
-            gradient = torch.randn(B, T, nh, hs, dtype=dtype).transpose(1, 2)  # (B, nh, T, hs)
-            fused, plain = (median_ms(lambda: attention(x.permute(2, 0, 3, 1, 4), 0.0, plain).backward(gradient), 10 * runs if T < 256 else 2 * runs)
+            x = torch.randn(3, nh, B, T, hs, dtype=dtype, requires_grad=True)  # laid out as the network lays it out
+            gradient = torch.randn(nh, B, T, hs, dtype=dtype)
+            fused, plain = (median_ms(lambda: attention(*x, 0.0, plain).backward(gradient), 10 * runs if T < 256 else 2 * runs)
                             for plain in (False, True))
             print(f'{f"{B} x {nh} x {T} x {hs}":22} {str(dtype)[6:]:10} {fused:8.2f}   {plain:8.2f}', flush=True)
 elif what == 'batch':

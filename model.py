@@ -1,20 +1,20 @@
 """
-A GPT, whole, in this file: GPT-2's network as nanoGPT writes it, weight for weight (the same state-dict names).
+A GPT, whole, in this file, in two styles that plain settings choose between:
+GPT-2's network as nanoGPT writes it, weight for weight (the same state-dict names), which the defaults give; and Qwen3's (rope_theta,
+norm='rmsnorm', activation='swiglu', qk_norm, n_kv_head, tied or not), which without qk_norm is Llama's.
 References:
 1) nanoGPT: https://github.com/karpathy/nanoGPT/blob/master/model.py
 2) GPT-2 (Radford et al. 2019): https://github.com/openai/gpt-2/blob/master/src/model.py
-3) transformers: https://github.com/huggingface/transformers/blob/main/src/transformers/models/gpt2/modeling_gpt2.py
-Letters in the shapes: B rows, T positions, C = n_embd channels, nh heads of hs = C / nh channels, V vocabulary.
+3) Qwen3: https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3/modeling_qwen3.py
+Letters in the shapes: B rows, T positions, C = n_embd channels, nh heads of hs channels, nkv heads of keys and values, V vocabulary.
 """
-import json
 import math
-import os
-import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -26,95 +26,159 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linears and LayerNorms, like GPT-2; False is a bit better and faster
-    activation: str = 'gelu'  # 'gelu': the exact one, nanoGPT's; 'gelu_tanh': OpenAI's GPT-2 weights want this one
+    activation: str = 'gelu'  # 'gelu': the exact one, nanoGPT's; 'gelu_tanh': OpenAI's GPT-2 weights want this one; 'swiglu'
+    norm: str = 'layernorm'  # or 'rmsnorm'
+    norm_eps: float = 1e-5
+    rope_theta: float = 0.0  # base of the rotary frequencies; 0: learned positions
+    qk_norm: bool = False  # normalise queries and keys, head by head
+    tied: bool = True  # one matrix reads tokens in and out
+    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head heads of queries; 0: n_head
+    head_size: int = 0  # channels of a head; 0: n_embd / n_head
+    n_inner: int = 0  # width inside the MLP; 0: 4 * n_embd, or for SwiGLU, which has three matrices, 8/3 of it, rounded up to a multiple of 64
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        self.n_inner = self.n_inner or (-(-8 * self.n_embd // 192) * 64 if self.activation == 'swiglu' else 4 * self.n_embd)
+
+
+NORMS = ('layernorm', 'rmsnorm')
+ACTIVATIONS = ('gelu', 'gelu_tanh', 'swiglu')
+LOGITS = 2**26  # as many logits are held at once: 256 MB in fp32
 
 
 class LayerNorm(nn.Module):
     """LayerNorm with an optional bias, under nanoGPT's names."""
 
-    def __init__(self, ndim, bias):
+    def __init__(self, ndim, bias, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(ndim))
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+        self.eps = eps
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def attention(qkv, dropout, plain=None):
+def new_norm(config):
+    return nn.RMSNorm(config.n_embd, config.norm_eps) if config.norm == 'rmsnorm' else LayerNorm(config.n_embd, config.bias, config.norm_eps)
+
+
+def rotary(T, head_size, theta, device):
     """
-    Causal softmax attention: queries, keys and values (3, B, nh, T, hs) -> (B, nh, T, hs).
+    Cosines and sines (2, T, hs) by which the channels of positions 0 to T - 1 are rotated (RoPE, Su et al. 2021:
+    https://arxiv.org/abs/2104.09864), channel i together with channel i + hs / 2.
+    """
+    frequencies = theta ** -(torch.arange(0, head_size, 2, device=device) / head_size)  # (hs / 2,)
+    angles = torch.outer(torch.arange(T, device=device), frequencies).repeat(1, 2)  # (T, hs)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, rope):
+    """Rotate queries or keys (..., T, hs) by their positions."""
+    cos, sin = rope.to(x.dtype)  # (T, hs) each
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def attention(q, k, v, dropout=0.0, plain=None):
+    """
+    Causal softmax attention: queries (nh, B, T, hs), keys and values (nkv, B, T, hs) -> (nh, B, T, hs).
     By PyTorch's fused kernel, but for one corner that measurements mark out (docs/RECORDS.md): on CPUs its backward is 1.5 to 5 times slower
     in bf16 than three plain operations, up to T of about 512. `plain` overrules that.
     """
-    _, B, nh, T, hs = qkv.shape
+    nh, B, T, hs = q.shape
+    if len(k) < nh:
+        k, v = (x.repeat_interleave(nh // len(k), dim=0) for x in (k, v))  # grouped-query attention: neighbours share
     if plain is None:
-        plain = qkv.device.type == 'cpu' and qkv.dtype == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
+        plain = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
     if not plain:
-        q, k, v = qkv
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    q, k, v = qkv.reshape(3, B * nh, T, hs)  # one copy, of all three
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(0, 1)
+    q, k, v = (x.reshape(nh * B, T, hs) for x in (q, k, v))
     future = q.new_full((T, T), float('-inf')).triu(1)
-    att = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs))  # (B * nh, T, T)
+    att = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs))  # (nh * B, T, T)
     att = F.dropout(F.softmax(att, dim=-1), dropout)
-    return (att @ v).view(B, nh, T, hs)
+    return (att @ v).view(nh, B, T, hs)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value of all heads in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.n_kv_head, self.head_size, self.dropout = config.n_head, config.n_kv_head, config.head_size, config.dropout
+        width = (self.n_head + 2 * self.n_kv_head) * self.head_size
+        self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)  # query, key, value of all heads in one product
+        self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x):
+    def forward(self, x, rope):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        y = attention(qkv, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        qkv = self.c_attn(x).view(B, T, -1, self.head_size).permute(2, 0, 1, 3).contiguous()  # (nh + 2 nkv, B, T, hs): one copy, of all three
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head])
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        y = attention(q, k, v, self.dropout if self.training else 0.0)  # (nh, B, T, hs)
+        y = y.permute(1, 2, 0, 3).reshape(B, T, -1)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.swiglu = config.activation == 'swiglu'  # Shazeer 2020: https://arxiv.org/abs/2002.05202
+        self.c_fc = nn.Linear(config.n_embd, (1 + self.swiglu) * config.n_inner, bias=config.bias)  # SwiGLU's gate and values in one product
         self.gelu = nn.GELU('tanh' if config.activation == 'gelu_tanh' else 'none')
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        x = self.c_fc(x)
+        if self.swiglu:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x  # (B, T, n_inner)
+        else:
+            x = self.gelu(x)
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = new_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = new_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, rope):
+        x = x + self.attn(self.ln_1(x), rope)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
+def token_losses(x, weight, targets):
+    """Cross-entropy in nats (N,) of activations (N, C) by the head's matrix (V, C) for targets (N,), 0 where the target is -1."""
+    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction='none')
+
+
 class GPT(nn.Module):
+    gradient_checkpointing = False  # keep only each block's input for the backward pass and compute the rest again: less memory, a third more time
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **({} if config.rope_theta else {'wpe': nn.Embedding(config.block_size, config.n_embd)}),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=LayerNorm(config.n_embd, config.bias),
+            ln_f=new_norm(config),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied: one matrix reads tokens in and out (Press & Wolf 2017)
+        if config.tied:
+            self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
         self.apply(self._init_weights)
         for name, p in self.named_parameters():  # GPT-2 paper: what is added to the residual stream starts smaller in deeper networks
             if name.endswith('c_proj.weight'):
@@ -128,39 +192,61 @@ class GPT(nn.Module):
 
     def hidden(self, idx):
         """Token ids (B, T) -> the last layer's normalised activations (B, T, C)."""
-        T = idx.shape[1]
-        assert T <= self.config.block_size, f'{T} positions do not fit into block_size={self.config.block_size}'
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C) + (T, C)
+        config, T = self.config, idx.shape[1]
+        assert T <= config.block_size, f'{T} positions do not fit into block_size={config.block_size}'
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rope = None
+        if config.rope_theta:
+            rope = rotary(T, config.head_size, config.rope_theta, idx.device)  # (2, T, hs)
+        else:
+            x = x + self.transformer.wpe.weight[:T]  # + (T, C)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x)
+            x = checkpoint(block, x, rope, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, rope)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
         """
         Token ids (B, T) -> logits (B, T, V); given targets (B, T) -> the loss of each, in nats (B, T), 0 where the target is -1.
-        Losses per token, not their mean: who calls decides over what to average.
+        Losses per token, not their mean: who calls decides over what to average. With many tokens and a large vocabulary the logits are
+        computed chunk by chunk, and again in the backward pass: all of them would be the largest thing in memory.
         """
-        logits = self.lm_head(self.hidden(idx))  # (B, T, V)
+        x = self.hidden(idx)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1, reduction='none')
-        return loss.view(targets.shape)
+            return self.lm_head(x)  # (B, T, V)
+        x, targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
+        rows = max(1, LOGITS // self.config.vocab_size)
+        if len(x) <= rows:
+            losses = token_losses(x, self.lm_head.weight, targets)
+        else:
+            losses = torch.cat([checkpoint(token_losses, part, self.lm_head.weight, wanted, use_reentrant=False)
+                                for part, wanted in zip(x.split(rows), targets.split(rows))])
+        return losses.view(idx.shape)
+
+    def matrices(self):
+        """What Muon is for: the matrices of the blocks, each with the rows of those that are stacked in it, [(parameter, [rows, ...])]."""
+        config = self.config
+        for block in self.transformer.h:
+            yield block.attn.c_attn.weight, [heads * config.head_size for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
+            yield block.attn.c_proj.weight, [config.n_embd]
+            yield block.mlp.c_fc.weight, [config.n_inner] * (1 + block.mlp.swiglu)
+            yield block.mlp.c_proj.weight, [config.n_embd]
 
     def num_params(self):
-        """Parameters that multiply: all but the position embeddings (nanoGPT's count; the token embeddings are the head's matrix)."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        """Parameters that multiply: all but the position embeddings (nanoGPT's count) and an untied token embedding."""
+        return sum(p.numel() for name, p in self.named_parameters() if 'wpe' not in name and ('wte' not in name or self.config.tied))
 
     def flops_per_token(self):
         """Floating-point operations that training spends per token (PaLM, appendix B: https://arxiv.org/abs/2204.02311)."""
         config = self.config
-        return 6 * self.num_params() + 12 * config.n_layer * config.n_embd * config.block_size
+        return 6 * self.num_params() + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
 
     def crop_block_size(self, block_size):
         """Shorten the context: a network trained on 1,024 positions works on its first 256."""
         assert block_size <= self.config.block_size
         self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
+        if not self.config.rope_theta:
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None, allowed=None):
@@ -183,30 +269,6 @@ class GPT(nn.Module):
             idx = torch.cat((idx, token[:, None]), dim=1)
             yield token
 
-    @classmethod
-    def from_pretrained(cls, name, dropout=0.0):
-        """
-        OpenAI's GPT-2 weights: name is a folder that holds a `GPT2LMHeadModel` (config.json and model.safetensors or pytorch_model.bin),
-        or 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or another repository on the Hugging Face hub.
-        """
-        folder = download_pretrained(name)
-        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-            hf = json.load(f)
-        wanted = {'model_type': 'gpt2', 'layer_norm_epsilon': 1e-5, 'n_inner': None, 'tie_word_embeddings': True, 'scale_attn_weights': True,
-                  'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
-        odd = {key: hf[key] for key, value in wanted.items() if hf.get(key, value) not in (value, key == 'n_inner' and 4 * hf['n_embd'])}
-        activation = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}.get(hf.get('activation_function', 'gelu_new'))
-        if odd or activation is None:
-            sys.exit(f'{name}: expected a GPT-2, its config.json says {odd or hf["activation_function"]}')
-        model = cls(GPTConfig(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'], n_head=hf['n_head'],
-                              n_embd=hf['n_embd'], dropout=dropout, bias=True, activation=activation))
-        state = {key.removeprefix('transformer.'): value for key, value in load_weights(folder).items()}
-        with torch.no_grad():
-            for key, p in model.transformer.named_parameters():
-                # OpenAI's Conv1D keeps its matrices transposed
-                p.copy_(state[key].t() if key.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')) else state[key])
-        return model
-
 
 def sampling_probs(logits, top_k=0, top_p=1.0):
     """Logits (B, V) -> the probabilities to draw from (B, V), after top-k and top-p."""
@@ -219,33 +281,3 @@ def sampling_probs(logits, top_k=0, top_p=1.0):
         ordered[ordered.cumsum(-1) - ordered > top_p] = 0.0  # what comes before it already reaches top_p
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
     return probs
-
-
-def download_pretrained(name):
-    """The folder of a Hugging Face model: name itself if it is one, else its copy from the hub (HF_ENDPOINT and HF_HOME are honoured)."""
-    folder = os.path.expanduser(name)
-    if os.path.isfile(os.path.join(folder, 'config.json')):
-        return folder
-    if os.path.isdir(folder):
-        sys.exit(f'{name}: no config.json in this folder; expected a Hugging Face model')
-    try:
-        from huggingface_hub import snapshot_download
-        return snapshot_download(name, allow_patterns=['config.json', '*.safetensors', 'tokenizer.json', 'vocab.json', 'merges.txt'])
-    except Exception as error:  # every kind of network failure has a class of its own there
-        sys.exit(f'{name}: no such folder, and no such model could be had from the Hugging Face hub ({type(error).__name__}); '
-                 'without network, give the path of a folder with config.json and model.safetensors')
-
-
-def load_weights(folder):
-    """The tensors of a Hugging Face folder, by name: *.safetensors, or pytorch_model.bin (never unpickled beyond tensors)."""
-    files = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors'))
-    if files:
-        from safetensors.torch import load_file
-        return {key: value for name in files for key, value in load_file(os.path.join(folder, name)).items()}
-    path = os.path.join(folder, 'pytorch_model.bin')
-    if not os.path.exists(path):
-        sys.exit(f'{folder}: no weights; expected model.safetensors or pytorch_model.bin')
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # nearly every kind there is
-        sys.exit(f'{path}: not a file of tensors alone, or a damaged one ({type(error).__name__})')

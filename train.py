@@ -25,9 +25,9 @@ from core.checkpoint import build_model, copy_checkpoint, describe, load_checkpo
 from core.device import all_reduce, catch_signals, compile_or_not, reseed, setup, warn_if_slow
 from core.files import find
 from core.log import Log
-from core.optimizer import configure_optimizer
+from core.optimizer import OPTIMIZERS, configure_optimizer
 from core.tokens import open_dataset
-from model import GPT, GPTConfig
+from model import ACTIVATIONS, GPT, NORMS, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on OpenWebText
@@ -35,7 +35,7 @@ from model import GPT, GPTConfig
 out_dir = 'out'  # folder of the checkpoints ckpt.pt (last) and best.pt, and of log.csv
 eval_interval = 2000  # evaluate and save every so many steps
 log_interval = 1  # print and log every so many steps
-eval_iters = 200  # evaluate on eval_iters * batch_size evenly spaced windows of each split; -1: on the whole split
+eval_iters = 200  # evaluate on eval_iters * batch_size evenly spaced windows of each split; -1: on all of the validation split, and as much of the other
 eval_only = False  # evaluate once, then stop
 always_save_checkpoint = True  # sample from the last checkpoint; False: from the one with the best validation loss
 init_from = 'scratch'  # 'scratch', 'resume' (the run in out_dir), 'gpt2' (-medium, -large, -xl), a checkpoint, a run's or a GPT-2's folder
@@ -53,22 +53,36 @@ batch_size = 12  # rows in a micro-batch; a step sees batch_size * gradient_accu
 block_size = 1024  # tokens in a row: the context
 # model
 n_layer = 12  # layers
-n_head = 12  # attention heads in a layer
-n_embd = 768  # width
+n_head = 12  # attention heads in a layer; 0: heads of 64 channels
+n_embd = 768  # width; 0: 64 * n_layer, and learning_rate is taken for a width of 768 and multiplied by (768 / n_embd)**0.5
 dropout = 0.0  # for pretraining 0 is good, for fine-tuning try 0.1 and more
 bias = False  # biases in LayerNorm and Linear layers; without them it is a bit better and faster
-# AdamW
+# GPT-2 style by these defaults; Qwen3 style, which learns faster, by rope_theta = 10000.0, norm = 'rmsnorm', activation = 'swiglu', qk_norm = True
+rope_theta = 0.0  # rotary positions (RoPE) with frequencies of this base; 0: learned positions
+norm = 'layernorm'  # or 'rmsnorm'
+activation = 'gelu'  # inside the MLP: 'gelu' (exact), 'gelu_tanh', or 'swiglu', which has a gate
+qk_norm = False  # normalise the queries and keys of each head: attention stays calm at high learning rates
+tied = True  # the embedding of tokens is the output head as well; False: each has its own matrix
+n_kv_head = 0  # grouped-query attention (GQA): heads of keys and values, a divisor of n_head; 0: as many as n_head
+head_size = 0  # channels of a head; 0: n_embd / n_head
+n_inner = 0  # width inside the MLP; 0: 4 * n_embd, for swiglu 8/3 * n_embd
+gradient_checkpointing = False  # True: less memory for activations, a third more time
+# optimizer
+optimizer = 'adamw'  # 'adamw', or 'muon': Muon for the matrices of the blocks, AdamW for the rest; needs fewer steps
 learning_rate = 6e-4  # the highest it gets
-max_iters = 600000  # steps in all
+muon_lr = 0.02  # likewise, of what Muon updates
+max_iters = 600000  # steps in all; -1: until 20 tokens per parameter are seen (Hoffmann et al. 2022)
 weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # AdamW's, for the mean of the gradient
 beta2 = 0.95  # AdamW's, for its square; 0.99 where a step sees few tokens
 grad_clip = 1.0  # clip the gradient's norm at this value; 0: do not
 # learning rate
-decay_lr = True  # warm up, then decay by a cosine; False: constant
+decay_lr = True  # warm up, then decay; False: constant
+schedule = 'cosine'  # 'cosine', or 'wsd': warm-up, stable, then a linear decay
+cooldown = 0.4  # the share of lr_decay_iters that wsd decays in
 warmup_iters = 2000  # steps of warm-up
-lr_decay_iters = 600000  # the step at which it has decayed to min_lr; about max_iters (Hoffmann et al. 2022)
-min_lr = 6e-5  # about learning_rate / 10
+lr_decay_iters = 600000  # the step at which it has decayed to min_lr; about max_iters (Hoffmann et al. 2022); -1: max_iters
+min_lr = 6e-5  # about learning_rate / 10; muon_lr decays by the same ratio
 # system
 backend = 'auto'  # of torch.distributed: nccl on CUDA, else gloo
 device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e.g. 'cpu', 'cuda:1'
@@ -78,18 +92,31 @@ compile = True  # torch.compile: takes a minute to start, then runs faster; fall
 config, config_given = {}, set()  # filled by the next line: every setting with its value, and the names that the command line set
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-for key in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'n_head', 'n_embd', 'eval_interval', 'log_interval'):
+for key in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'eval_interval', 'log_interval'):
     if config[key] < 1:
         sys.exit(f'{key}={config[key]}: expected at least 1')
-for key in ('max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters'):
+for key in ('learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner', 'rope_theta'):
     if config[key] < 0:
         sys.exit(f'{key}={config[key]}: expected at least 0')
+for key, choices in (('optimizer', OPTIMIZERS), ('schedule', ('cosine', 'wsd')), ('norm', NORMS), ('activation', ACTIVATIONS)):
+    if config[key] not in choices:
+        sys.exit(f'{key}={config[key]}: expected {" or ".join(choices)}')
 if not 0 <= seed < 2**32:
     sys.exit(f'seed={seed}: expected at least 0 and less than 2**32')
 if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
     sys.exit(f'beta1={beta1}, beta2={beta2}: expected numbers in [0, 1)')
-if n_embd % n_head:
+if n_embd == 0:  # depth alone: width, heads and learning rate follow (nanochat's rule); Muon's own is the same at any width
+    n_embd = 64 * n_layer
+    learning_rate, min_lr = (rate * (768 / n_embd)**0.5 for rate in (learning_rate, min_lr))
+n_head = n_head or max(1, n_embd // (head_size or 64))
+if not head_size and n_embd % n_head:
     sys.exit(f'n_embd={n_embd} is not divisible by n_head={n_head}')
+if n_head % (n_kv_head or n_head):
+    sys.exit(f'n_head={n_head} is not divisible by n_kv_head={n_kv_head}: each head of keys and values serves as many heads of queries')
+if rope_theta and (head_size or n_embd // n_head) % 2:
+    sys.exit(f'rope_theta={rope_theta} rotates pairs of channels, and a head has {head_size or n_embd // n_head}; choose n_embd / n_head, or head_size, even')
+if max_iters < -1 or lr_decay_iters < -1 or not 0 <= cooldown <= 1:
+    sys.exit(f'max_iters={max_iters}, lr_decay_iters={lr_decay_iters}, cooldown={cooldown}: expected at least 0 or -1 (see --help), and cooldown in [0, 1]')
 if eval_iters == 0 or not 0 <= dropout < 1:
     sys.exit(f'eval_iters={eval_iters}, dropout={dropout}: expected eval_iters above 0 or -1 (all), and dropout in [0, 1)')
 
@@ -112,10 +139,10 @@ if init_from == 'resume':
 
 # --- model: new, from a checkpoint, or from GPT-2's weights
 iter_num, best_val_loss, checkpoint = 0, float('inf'), None
-shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias')
+shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm', 'tied', 'n_kv_head', 'head_size', 'n_inner')
 if init_from == 'scratch':
     vocab_size = data.vocab_size if data.vocab_size <= 4096 else -(-data.vocab_size // 64) * 64  # a multiple of 64, which matrix units like
-    model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: config[key] for key in shape}))
+    model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: globals()[key] for key in shape}))
     print(f'new model: {describe(model)}')
 elif init_from == 'resume':
     path = os.path.join(out_dir, 'ckpt.pt')
@@ -124,7 +151,7 @@ elif init_from == 'resume':
     if missing:
         sys.exit(f'{path}: no {", ".join(missing)} in it, so it cannot be resumed; to start from its weights: --init_from={path}')
     for key in shape:
-        if key in config_given and config[key] != checkpoint['model_args'][key]:
+        if key in config_given and config[key] not in (0, checkpoint['model_args'][key]):
             sys.exit(f'--{key}={config[key]} contradicts {path}, which was trained with {key}={checkpoint["model_args"][key]}; '
                      'leave it out to resume, or start another run with another --out_dir')
     model = build_model(checkpoint, path, dropout=dropout)
@@ -136,7 +163,13 @@ else:
         sys.exit(f'--block_size={block_size}: {init_from} was trained with a context of {model.config.block_size}; lower it')
     model.crop_block_size(min(block_size, model.config.block_size))
 block_size = model.config.block_size
-config.update({key: getattr(model.config, key) for key in shape})  # what is saved is what was used
+model.gradient_checkpointing = gradient_checkpointing
+tokens_per_iter = total_rows * block_size
+if max_iters == -1:
+    max_iters = math.ceil(20 * model.num_params() / tokens_per_iter)
+if lr_decay_iters == -1:
+    lr_decay_iters = max_iters
+config.update({key: getattr(model.config, key) for key in shape}, learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, lr_decay_iters=lr_decay_iters)  # what is saved is what was used
 if data.shortest <= block_size:
     sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
 eot_on_top = data.tokenizer is not None and data.tokenizer.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
@@ -144,11 +177,11 @@ if data.vocab_size - eot_on_top > model.config.vocab_size:
     sys.exit(f'dataset={dataset} has {data.vocab_size:,} token ids and the model only {model.config.vocab_size:,}; they need the same tokenizer')
 data.vocab_size = min(data.vocab_size, model.config.vocab_size)  # larger ids are refused when they are met
 model.to(run.device)
-optimizer = configure_optimizer(model, weight_decay, learning_rate, (beta1, beta2))
+opt = configure_optimizer(model, optimizer, weight_decay, learning_rate, (beta1, beta2), muon_lr)
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16')  # does nothing unless enabled
 if checkpoint:
     try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        opt.load_state_dict(checkpoint['optimizer'])
     except (KeyError, ValueError) as error:
         sys.exit(f'{path}: its optimizer does not fit its weights ({error}); to start from the weights: --init_from={path}')
     if scaler.is_enabled() and checkpoint.get('scaler'):
@@ -182,9 +215,10 @@ def evaluate():
     """{'train_loss': ..., 'val_loss': ..., 'train_bpb': ...} on fixed rows, shared out over the processes. Touches no random state."""
     model.eval()
     sums = {}
+    whole = -(-data.splits['val'] // block_size) if data.splits.get('val', 0) > 1 else -1  # rows
     for split, length in data.splits.items():
         if length > 1:  # a folder without validation tokens trains too
-            starts = task.fixed(data, split, eval_iters * batch_size, block_size)[run.rank::run.world_size]
+            starts = task.fixed(data, split, eval_iters * batch_size if eval_iters > 0 else whole, block_size)[run.rank::run.world_size]
             sums[split] = torch.zeros(len(task.MEASURES), 2, dtype=torch.float64)  # of each measure: sum, divisor
             # a small network takes many rows at once, as long as their logits stay small
             for batch in load_batches(split, starts, max(micro_rows, 2**18 // (block_size * model.config.vocab_size))):
@@ -197,22 +231,26 @@ def evaluate():
 
 
 def get_lr(it):
-    """Linear warm-up, then half a cosine down to min_lr."""
+    """Linear warm-up; then down to min_lr by half a cosine, or constant at first and then linearly (wsd, Hu et al. 2024)."""
     if not decay_lr:
         return learning_rate
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if it > lr_decay_iters:
         return min_lr
-    decay_ratio = (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
-    return min_lr + 0.5 * (1.0 + math.cos(math.pi * decay_ratio)) * (learning_rate - min_lr)
+    if schedule == 'wsd':
+        coeff = min(1.0, (lr_decay_iters - it) / max(1, cooldown * lr_decay_iters))
+    else:
+        decay_ratio = (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
+        coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
+    return min_lr + coeff * (learning_rate - min_lr)
 
 
 def save(best=False):
     """ckpt.pt: everything that sampling or going on needs. The random state is (seed, step), see below, so it needs no room of its own."""
     if run.master:
         path = os.path.join(out_dir, 'ckpt.pt')
-        save_checkpoint({'model': model.state_dict(), 'model_args': vars(model.config), 'optimizer': optimizer.state_dict(),
+        save_checkpoint({'model': model.state_dict(), 'model_args': vars(model.config), 'optimizer': opt.state_dict(),
                          'scaler': scaler.state_dict(), 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config,
                          'tokenizer': data.tokenizer.json if data.tokenizer else ''}, path)
         if best:
@@ -222,7 +260,6 @@ def save(best=False):
 
 
 # --- the loop
-tokens_per_iter = total_rows * block_size
 print(f'{run.device} {run.dtype}, {run.world_size} process{"es" * (run.world_size > 1)} x {micro_steps} micro-batches x {micro_rows} rows '
     f'x {block_size} = {tokens_per_iter:,} tokens per iteration; {data.folder}: {data.splits["train"]:,} tokens')
 if run.device_type == 'cpu':
@@ -254,8 +291,10 @@ while True:
         reseed((seed * 1_000_003 + iter_num) * 1009 + 1 + run.rank, run)
     batches = list(load_batches('train', starts[run.rank * rows:(run.rank + 1) * rows], micro_rows))
     divisor = all_reduce([sum(int(task.divisor(batch)) for batch in batches)], run).item()  # targets in the whole step, on all processes
-    for group in optimizer.param_groups:
-        group['lr'] = get_lr(iter_num)
+    for group in opt.param_groups:
+        group['lr'] = get_lr(iter_num) * group['lr_scale']
+        if 'momentum' in group:
+            group['momentum'] = 0.85 + 0.1 * min(1.0, iter_num / 300)  # Muon's warms up: early gradients are soon out of date
     total_loss = 0.0
     for i, batch in enumerate(batches):
         if run.ddp:
@@ -264,21 +303,21 @@ while True:
             loss = task.loss(network, to_device(batch))
         scaler.scale(loss * (run.world_size / divisor)).backward()  # DDP averages over processes; the sum over them is wanted
         total_loss += loss.detach()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
+    scaler.unscale_(opt)
+    grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
     lossf, stop = all_reduce([total_loss.item() / divisor, caught.signal or 0], run).tolist()
-    if not (math.isfinite(lossf) and (scaler.is_enabled() or math.isfinite(norm))):  # fp16 overflows now and then: the scaler skips those
-        sys.exit(f'step {iter_num}: the loss is {lossf}, the gradient norm {norm}. The checkpoint in {out_dir} is from before; '
+    if not (math.isfinite(lossf) and (scaler.is_enabled() or math.isfinite(grad_norm))):  # fp16 overflows now and then: the scaler skips those
+        sys.exit(f'step {iter_num}: the loss is {lossf}, the gradient norm {grad_norm}. The checkpoint in {out_dir} is from before; '
                  'try a lower --learning_rate, a longer --warmup_iters, or --dtype=float32')
-    scaler.step(optimizer)
+    scaler.step(opt)
     scaler.update()
-    optimizer.zero_grad()
+    opt.zero_grad()
 
     if iter_num % log_interval == 0:
         now = time.perf_counter()
         dt = (now - t0) / (iter_num + 1 - logged_iter)
         t0, logged_iter = now, iter_num + 1
-        numbers = {'loss': lossf, 'lr': optimizer.param_groups[0]['lr'], 'grad_norm': norm, 'ms': dt * 1000, 'tokens_per_s': tokens_per_iter / dt}
+        numbers = {'loss': lossf, 'lr': opt.param_groups[0]['lr'], 'grad_norm': grad_norm, 'ms': dt * 1000, 'tokens_per_s': tokens_per_iter / dt}
         if run.peak_flops:
             numbers['mfu'] = model.flops_per_token() * tokens_per_iter / dt / run.peak_flops / run.world_size
         left = str(datetime.timedelta(seconds=round(dt * (max_iters - iter_num - 1))))

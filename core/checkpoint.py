@@ -7,9 +7,10 @@ import sys
 import torch
 
 from core.files import atomic, find
+from core.pretrained import download_pretrained, load_pretrained
 from core.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 from core.tokens import open_dataset
-from model import GPT, GPTConfig, download_pretrained
+from model import GPT, GPTConfig
 
 
 def save_checkpoint(checkpoint, path):
@@ -92,7 +93,7 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
         path = checkpoint_path(folder)
     else:
         folder = download_pretrained(folder)
-        model = GPT.from_pretrained(folder, dropout)
+        model = load_pretrained(folder, dropout)
         print(f'loaded {init_from}: {describe(model)}')
         return model, folder
     checkpoint = load_checkpoint(path)

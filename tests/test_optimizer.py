@@ -12,7 +12,7 @@ def twins():
     torch.manual_seed(0)
     models = [GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    ours = configure_optimizer(models[0], 0.1, 1e-2, (0.9, 0.99))
+    ours = configure_optimizer(models[0], 'adamw', 0.1, 1e-2, (0.9, 0.99))
     torchs = torch.optim.AdamW([{'params': [p for p in models[1].parameters() if p.dim() >= 2], 'weight_decay': 0.1},
                                 {'params': [p for p in models[1].parameters() if p.dim() < 2], 'weight_decay': 0.0}], lr=1e-2, betas=(0.9, 0.99), fused=True)
     return models, (ours, torchs)
@@ -56,7 +56,7 @@ def test_each_loads_the_others_state():
 
 def test_every_parameter_is_in_one_group():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8, bias=True))
-    groups = configure_optimizer(model, 0.1, 1e-3, (0.9, 0.95)).param_groups
+    groups = configure_optimizer(model, 'adamw', 0.1, 1e-3, (0.9, 0.95)).param_groups
     members = [id(p) for group in groups for p in group['params']]
     assert sorted(members) == sorted(id(p) for p in model.parameters())
     assert {p.dim() for p in groups[1]['params']} == {1}
@@ -64,6 +64,6 @@ def test_every_parameter_is_in_one_group():
 
 def test_another_networks_state_is_refused():
     (_, other), (ours, _) = twins()
-    small = configure_optimizer(GPT(GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=2, n_embd=8)), 0.1, 1e-2, (0.9, 0.99))
+    small = configure_optimizer(GPT(GPTConfig(block_size=4, vocab_size=11, n_layer=1, n_head=2, n_embd=8)), 'adamw', 0.1, 1e-2, (0.9, 0.99))
     with pytest.raises(ValueError):
         ours.load_state_dict(small.state_dict())
