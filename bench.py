@@ -1,33 +1,57 @@
 """
-How fast: what stands in docs/RECORDS.md, measured again.
+How fast: the steps of any configuration, and what stands in docs/RECORDS.md, measured again.
 
+    python bench.py config/train_gpt2.py --batch_size=8                         # train.py's own steps with these arguments of its
+    python bench.py config/train_shakespeare_char.py --nanogpt=../nanoGPT       # and nanoGPT's with the same settings, in turn
+    python bench.py config/train_shakespeare_char.py --profile                  # a trace, and the ten most expensive operations
     python bench.py --nanogpt=../nanoGPT       # nanoGPT's laptop command, whole, in nanoGPT's folder and in ours, in turn
     python bench.py --what=attention           # the two ways to compute attention on this CPU, forward and backward
     python bench.py --what=prepare --text=big.txt --tokenizer=qwen2     # text to shards, beside tiktoken's own encode_ordinary_batch
+
+Milliseconds and memory are those of whole steps of train.py, which is stopped after some: batches, forward, backward, optimizer. A step is
+one micro-batch unless --gradient_accumulation_steps says otherwise. What is no setting of this script goes to train.py.
 """
+import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+import numpy as np
 import torch
 
-from core.device import setup
+from core.device import explain, measured_peak, setup
 from core.files import ROOT, find
+from core.tokenizer import char_tokenizer
 from core.tokens import open_dataset
 from model import attention
 from objectives import next_token
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-what = 'laptop'  # 'laptop': a whole command beside nanoGPT's; 'attention': the rule in model.py; 'batch': drawing a batch; 'prepare': see above
+what = ''  # 'steps': of train.py; 'laptop': a whole command beside nanoGPT's; 'attention': the rule in model.py; 'batch': drawing one; 'prepare'
+steps = 20  # that are timed, after two that are not; the median counts
+seconds = 60.0  # or as many as start in this time, but at least 3
+nanogpt = ''  # a folder with nanoGPT; for 'laptop' with its prepared data/shakespeare_char
+runs = 3  # of each, where two are compared; the median counts
+profile = False  # write a trace of three steps, and print where their time went
+trace = 'trace.json'  # this is the file; chrome://tracing and https://ui.perfetto.dev show it
 text = ''  # a UTF-8 text for 'prepare'; some hundred MB, so that starting up does not count
 tokenizer = 'qwen2'  # for 'prepare': qwen2 (all of it) or gpt2
-nanogpt = ''  # a folder with nanoGPT and its prepared data/shakespeare_char
-runs = 3  # of each; the median counts
 # ---------------------------------------------------------------------------------------------------------------------------------------
-config, config_given = {}, set()  # filled by the next line
+config, config_given = {}, set()  # filled by the configurator from the arguments that are meant for this script
+_own, _theirs, _rest = [sys.argv[0]], [], sys.argv[1:]
+while _rest:
+    _argument = _rest.pop(0)
+    _key, _equals, _ = _argument.removeprefix('--').partition('=')
+    if _argument.startswith('--') and not _equals and _key != 'help':  # --key value, or --profile alone
+        _value = 'True' if _key == 'profile' and _rest[:1] not in (['True'], ['False']) else _rest.pop(0) if _rest else None
+        _argument += '' if _value is None else f'={_value}'
+    _mine = _argument in ('--help', '-h') or _argument.startswith('--') and isinstance(globals().get(_key), (bool, int, float, str))
+    (_own if _mine else _theirs).append(_argument)
+sys.argv = _own
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 LAPTOP = ('train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 '
@@ -43,7 +67,7 @@ with open(sys.argv[3], 'wb') as f:
 """
 
 
-def seconds(function):
+def duration(function):
     t0 = time.perf_counter()
     function()
     return time.perf_counter() - t0
@@ -51,22 +75,128 @@ def seconds(function):
 
 def median_ms(function, repeats):
     function()
-    return statistics.median(seconds(function) for _ in range(repeats)) * 1000
+    return statistics.median(duration(function) for _ in range(repeats)) * 1000
 
 
-if what == 'laptop':
-    folders = {'nanoGPT': find(nanogpt), 'StoneGPT': ROOT}
-    if not os.path.exists(os.path.join(folders['nanoGPT'], 'data', 'shakespeare_char', 'train.bin')):
+def watch(folder, arguments, out, trace=''):
+    """What core/watch.py finds out about train.py in `folder`; None if its dataset is not there."""
+    job = dict(folder=folder, result=os.path.join(out, 'result.json'), skip=2, steps=3 if trace else steps, seconds=seconds, trace=trace)
+    print(f'running {os.path.join(folder, "train.py")}{" once more, for the trace" * bool(trace)}', flush=True)
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'core', 'watch.py'), json.dumps(job), *arguments], cwd=None if folder == ROOT else folder,
+                          capture_output=True, encoding='utf-8', errors='replace', env={**os.environ, 'PYTHONUTF8': '1'})
+    if done.returncode:
+        error = (done.stderr.strip().splitlines() or [f'ended with {done.returncode}'])[-1]
+        if re.match(r'dataset=.*: no .*train\.bin', error):
+            return None
+        sys.exit(error if folder == ROOT else f'{folder}: {error}')
+    for line in re.findall(r'warning: .*compile.*', done.stdout):
+        print(line)
+    with open(job['result'], encoding='utf-8') as f:
+        result = json.load(f)
+    if not result['times']:
+        sys.exit(f'train.py ended before its {job["skip"] + 1}rd step, so there was nothing to time; raise --max_iters')
+    return {**result, 'ms': statistics.median(result['times'])}
+
+
+def random_tokens(out):
+    """A dataset folder for both, of random tokens: 50,257 ids as GPT-2 has them."""
+    folder = os.path.join(out, 'random')
+    os.makedirs(folder, exist_ok=True)
+    for split in ('train', 'val'):
+        np.random.default_rng(0).integers(50257, size=2**21, dtype=np.uint16).tofile(os.path.join(folder, f'{split}.bin'))
+    for name, content in (('meta.json', '{"dtype": "uint16"}'), ('tokenizer.json', char_tokenizer(map(chr, range(256, 256 + 50256))).json)):
+        with open(os.path.join(folder, name), 'w', encoding='utf-8') as f:
+            f.write(content)
+    return folder
+
+
+def readable(result):
+    """Whether nanoGPT can read this dataset and gives the network the same vocabulary."""
+    names = ['train.bin', 'val.bin'] + ['meta.pkl'] * (result['vocab_size'] != 50257)
+    return all(os.path.exists(os.path.join(result['folder'], name)) for name in names)
+
+
+def nanogpt_arguments(result):
+    """Our settings as they were used, so far as nanoGPT has them; what it has no setting for is said."""
+    with open(os.path.join(nanogpt, 'train.py'), encoding='utf-8') as f:
+        known = re.findall(r'^(\w+) *= ', f.read().partition('\nconfig_keys')[0], re.MULTILINE)
+    unknown = [argument for argument in _theirs if argument.startswith('--') and argument[2:].partition('=')[0] not in known]
+    if unknown:
+        print(f'nanoGPT goes without {" ".join(unknown)}, which it does not know')
+    if result['device'] == 'cpu' and result['dtype'] != 'float32':
+        print(f'nanoGPT computes in float32 on a CPU, StoneGPT in {result["dtype"]} (--dtype=float32: both in that)')
+    used = {key: value for key, value in result['config'].items() if key in known and not key.startswith('wandb') and key != 'backend'}
+    used.update(dataset=result['folder'], device=result['device'], dtype=result['dtype'])
+    return [f'--{key}={value}' for key, value in used.items()]
+
+
+def compare_steps(out):
+    quiet = ['--eval_only=False', '--eval_iters=1', '--eval_interval=1000000000', '--log_interval=1', '--wandb_log=False', f'--out_dir={os.path.join(out, "run")}']
+    ours = [*_theirs, *quiet, '--tensorboard_log=False']
+    if not any(argument.startswith('--gradient_accumulation_steps=') for argument in _theirs):
+        ours.append('--gradient_accumulation_steps=1')
+    first = watch(ROOT, ours, out)
+    if not first or nanogpt and not readable(first):
+        print('the dataset is not there' if not first else 'nanoGPT cannot read the dataset', "so random tokens of GPT-2's vocabulary stand in for it", sep=', ', flush=True)
+        ours.append(f'--dataset={random_tokens(out)}')
+        first = watch(ROOT, ours, out)
+    results = {'StoneGPT': [first]}
+    if nanogpt:
+        theirs, results['nanoGPT'] = [*nanogpt_arguments(first), *quiet], []
+        for i in range(runs):
+            if i:
+                results['StoneGPT'].append(watch(ROOT, ours, out))
+            results['nanoGPT'].append(watch(nanogpt, theirs, out))
+            print(', '.join(f'{name}: {found[i]["ms"]:.2f} ms' for name, found in results.items()), flush=True)
+    run = setup(first['device'], first['dtype'], training=True)
+    peak = run.peak_flops or measured_peak(run)
+    print(f'{run.device} {run.dtype}, {first["tokens"]:,} tokens per step, {len(first["times"])} steps timed')
+    print('            parameters  ms per step    tokens/s     MFU  peak memory')
+    for name, found in results.items():
+        ms, memory = statistics.median(result['ms'] for result in found), max(result['memory'] or 0 for result in found)
+        print(f'{name:10} {found[0]["parameters"]:12,} {ms:12,.2f} {first["tokens"] / ms * 1000:11,.0f} {first["flops"] / ms * 1000 / peak:7.1%} '
+              + (f'{memory / 1e6:9,.0f} MB' if memory else '           -'))
+    print(f'MFU: % of {peak / 1e12:,.3g} TFLOP/s, '
+          + ("this GPU's data sheet" if run.peak_flops else f"this {'CPU' if run.device == 'cpu' else 'GPU'}'s {run.dtype} matrix product, measured just now"))
+    if nanogpt:
+        print_ratios('StoneGPT / nanoGPT, ms per step', *([result['ms'] for result in results[name]] for name in ('StoneGPT', 'nanoGPT')))
+    if profile:
+        found = watch(ROOT, ours, out, os.path.abspath(os.path.expanduser(trace)))
+        print(f'trace of 3 steps: {trace}; what took most time in them:\n   share  ms per step  calls per step  operation')
+        for name, calls, ms, share in found['operations']:
+            print(f'{share:8.1%} {ms / 3:12.2f} {calls / 3:15.0f}  {name[:90]}')
+
+
+def print_ratios(name, ours, others):
+    print(f'{name}: {", ".join(f"{a / b:.3f}" for a, b in zip(ours, others))}; of the medians: {statistics.median(ours) / statistics.median(others):.3f}')
+
+
+sys.excepthook = explain
+nanogpt = nanogpt and os.path.abspath(find(nanogpt))
+what = what or ('laptop' if nanogpt and not _theirs else 'steps')
+if _theirs and what != 'steps':
+    sys.exit(f'bench.py: what={what} takes no {_theirs[0]} (python bench.py --help lists its settings)')
+if steps < 1 or runs < 1:
+    sys.exit(f'steps={steps}, runs={runs}: expected at least 1')
+if nanogpt and not os.path.exists(os.path.join(nanogpt, 'train.py')):
+    sys.exit(f'nanogpt={nanogpt}: expected a folder with nanoGPT; there is no train.py in it')
+if profile and not os.path.isdir(os.path.dirname(os.path.abspath(os.path.expanduser(trace)))):
+    sys.exit(f'trace={trace}: there is no such folder to write it to')
+if what == 'steps':
+    with tempfile.TemporaryDirectory() as out:
+        compare_steps(out)
+elif what == 'laptop':
+    folders = {'nanoGPT': nanogpt, 'StoneGPT': ROOT}
+    if not nanogpt or not os.path.exists(os.path.join(nanogpt, 'data', 'shakespeare_char', 'train.bin')):
         sys.exit(f'nanogpt={nanogpt}: expected a folder with nanoGPT whose data/shakespeare_char is prepared')
     times = {name: [] for name in folders}
     with tempfile.TemporaryDirectory() as out:
         for _ in range(runs):
             for name, folder in folders.items():
                 command = [sys.executable, *LAPTOP, f'--out_dir={os.path.join(out, name)}']
-                times[name].append(seconds(lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)))
+                times[name].append(duration(lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)))
                 print(f'{name}: {times[name][-1]:.1f} s', flush=True)
-    print(f'ratio of each pair: {", ".join(f"{b / a:.3f}" for a, b in zip(*times.values()))}; '
-          f'of the medians: {statistics.median(times["StoneGPT"]) / statistics.median(times["nanoGPT"]):.3f}')
+    print_ratios('ratio of each pair', times['StoneGPT'], times['nanoGPT'])
 elif what == 'attention':
     setup('cpu', training=True)
     print('B x nh x T x hs        dtype      fused ms   plain ms   (forward and backward)')
@@ -88,10 +218,9 @@ elif what == 'prepare':
                     'StoneGPT': [os.path.join(ROOT, 'data', 'any_text', 'prepare.py'), f'--input={find(text)}', f'--tokenizer={tokenizer}', '--prune=False', '--name=x']}
         for _ in range(runs):
             for name, command in commands.items():
-                times[name].append(seconds(lambda: subprocess.run([sys.executable, *command], cwd=out, check=True, stdout=subprocess.DEVNULL,
+                times[name].append(duration(lambda: subprocess.run([sys.executable, *command], cwd=out, check=True, stdout=subprocess.DEVNULL,
                                                                   env={**os.environ, 'PYTHONPATH': ROOT})))
                 print(f'{name}: {times[name][-1]:.1f} s, {os.path.getsize(find(text)) / 1e6 / times[name][-1]:.1f} MB/s', flush=True)
-    print(f'our throughput over that of tiktoken, pair by pair: {", ".join(f"{a / b:.3f}" for a, b in zip(*times.values()))}; '
-          f'of the medians: {statistics.median(times["tiktoken"]) / statistics.median(times["StoneGPT"]):.3f}')
+    print_ratios('our throughput over that of tiktoken, pair by pair', times['tiktoken'], times['StoneGPT'])
 else:
-    sys.exit(f'what={what}: expected laptop, attention, batch or prepare')
+    sys.exit(f'what={what}: expected steps, laptop, attention, batch or prepare')

@@ -60,25 +60,32 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (Zhang & Sennrich 2019) with its gain in the precision of what comes in, which PyTorch's fused kernel wants."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def new_norm(config):
-    return nn.RMSNorm(config.n_embd, config.norm_eps) if config.norm == 'rmsnorm' else LayerNorm(config.n_embd, config.bias, config.norm_eps)
+    return RMSNorm(config.n_embd, config.norm_eps) if config.norm == 'rmsnorm' else LayerNorm(config.n_embd, config.bias, config.norm_eps)
 
 
 def rotary(T, head_size, theta, device):
     """
-    Cosines and sines (2, T, hs) by which the channels of positions 0 to T - 1 are rotated (RoPE, Su et al. 2021:
+    Cosines and sines (2, T, hs / 2) by which the channels of positions 0 to T - 1 are rotated (RoPE, Su et al. 2021:
     https://arxiv.org/abs/2104.09864), channel i together with channel i + hs / 2.
     """
-    frequencies = theta ** -(torch.arange(0, head_size, 2, device=device) / head_size)  # (hs / 2,)
-    angles = torch.outer(torch.arange(T, device=device), frequencies).repeat(1, 2)  # (T, hs)
+    frequencies = 1 / theta ** (torch.arange(0, head_size, 2, device=device) / head_size)  # (hs / 2,)
+    angles = torch.outer(torch.arange(T, device=device), frequencies)  # (T, hs / 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x, rope):
     """Rotate queries or keys (..., T, hs) by their positions."""
-    cos, sin = rope.to(x.dtype)  # (T, hs) each
+    cos, sin = rope.to(x.dtype)  # (T, hs / 2) each
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def attention(q, k, v, dropout=0.0, plain=None):
@@ -109,8 +116,8 @@ class CausalSelfAttention(nn.Module):
         width = (self.n_head + 2 * self.n_kv_head) * self.head_size
         self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)  # query, key, value of all heads in one product
         self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope):
@@ -197,7 +204,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)  # (B, T, C)
         rope = None
         if config.rope_theta:
-            rope = rotary(T, config.head_size, config.rope_theta, idx.device)  # (2, T, hs)
+            rope = rotary(T, config.head_size, config.rope_theta, idx.device)  # (2, T, hs / 2)
         else:
             x = x + self.transformer.wpe.weight[:T]  # + (T, C)
         x = self.transformer.drop(x)

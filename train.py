@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from core.checkpoint import build_model, copy_checkpoint, describe, load_checkpoint, load_model, save_checkpoint
-from core.device import all_reduce, catch_signals, compile_or_not, reseed, setup, warn_if_slow
+from core.device import all_reduce, catch_signals, check_memory, compile_or_not, reseed, setup, warn_if_slow
 from core.files import find
 from core.log import Log
 from core.optimizer import OPTIMIZERS, configure_optimizer
@@ -139,10 +139,14 @@ if init_from == 'resume':
 
 # --- model: new, from a checkpoint, or from GPT-2's weights
 iter_num, best_val_loss, checkpoint = 0, float('inf'), None
+GPT.gradient_checkpointing = gradient_checkpointing
 shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm', 'tied', 'n_kv_head', 'head_size', 'n_inner')
 if init_from == 'scratch':
     vocab_size = data.vocab_size if data.vocab_size <= 4096 else -(-data.vocab_size // 64) * 64  # a multiple of 64, which matrix units like
-    model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: globals()[key] for key in shape}))
+    model_config = GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: globals()[key] for key in shape})
+    with torch.device('meta'):
+        check_memory(GPT(model_config), micro_rows, block_size, run)
+    model = GPT(model_config)
     print(f'new model: {describe(model)}')
 elif init_from == 'resume':
     path = os.path.join(out_dir, 'ckpt.pt')
@@ -151,7 +155,8 @@ elif init_from == 'resume':
     if missing:
         sys.exit(f'{path}: no {", ".join(missing)} in it, so it cannot be resumed; to start from its weights: --init_from={path}')
     for key in shape:
-        if key in config_given and config[key] not in (0, checkpoint['model_args'][key]):
+        derived = config[key] == 0 and key in ('n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner')
+        if key in config_given and not derived and config[key] != checkpoint['model_args'][key]:
             sys.exit(f'--{key}={config[key]} contradicts {path}, which was trained with {key}={checkpoint["model_args"][key]}; '
                      'leave it out to resume, or start another run with another --out_dir')
     model = build_model(checkpoint, path, dropout=dropout)
@@ -163,7 +168,6 @@ else:
         sys.exit(f'--block_size={block_size}: {init_from} was trained with a context of {model.config.block_size}; lower it')
     model.crop_block_size(min(block_size, model.config.block_size))
 block_size = model.config.block_size
-model.gradient_checkpointing = gradient_checkpointing
 tokens_per_iter = total_rows * block_size
 if max_iters == -1:
     max_iters = math.ceil(20 * model.num_params() / tokens_per_iter)

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -86,6 +87,39 @@ def known_peak(name):
     return next((flops for known, flops in PEAK_FLOPS.items() if re.search(rf'\b{known}\b', name) and 'Laptop' not in name), None)
 
 
+def measured_peak(run):
+    """The FLOP/s of a large matrix product on this device, the best of about a second: what MFU refers to where the table has nothing."""
+    n, best, started = 2048 if run.device_type == 'cpu' else 8192, float('inf'), time.perf_counter()
+    a, b = torch.randn(2, n, n, device=run.device, dtype=getattr(torch, run.dtype))
+    while best == float('inf') or time.perf_counter() - started < 1:
+        t0 = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - t0)
+    return 2 * n**3 / best
+
+
+def check_memory(model, rows, T, run):
+    """
+    End the script with one line where training this network on (rows, T) at a time cannot fit into this machine's memory. The model may be on
+    'meta'. Counted is what is certain: weights, gradients and two moments, and per layer and token the activations that the backward pass needs
+    (Korthikanti et al. 2022: https://arxiv.org/abs/2205.05198), about 17 numbers per channel.
+    """
+    if run.device_type == 'cuda':
+        there = torch.cuda.get_device_properties(run.device).total_memory
+    elif hasattr(os, 'sysconf') and 'SC_PHYS_PAGES' in os.sysconf_names:
+        there = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    else:
+        return
+    c = model.config
+    per_token = c.n_layer * c.n_embd * (2 if model.gradient_checkpointing else 17) * (4 if run.dtype == 'float32' else 2)
+    weights, activations = 16 * sum(p.numel() for p in model.parameters()), rows * T * per_token
+    if weights + activations > there:
+        lower = '--n_layer or --n_embd (weights and optimizer alone take more)' if weights > there else (
+                '--batch_size (and raise --gradient_accumulation_steps as much, for the same step) or --block_size, or set --gradient_checkpointing=True')
+        sys.exit(f'this network needs about {(weights + activations) / 2**30:,.0f} GB to train ({weights / 2**30:,.0f} for weights and optimizer, '
+                 f'{activations / 2**30:,.0f} for {rows} rows of {T}), and {run.device} has {there / 2**30:,.0f} GB; lower {lower}')
+
+
 def all_reduce(numbers, run):
     """The sums of these numbers over all processes, as a float64 tensor on the CPU."""
     total = torch.as_tensor(numbers, dtype=torch.float64)
@@ -102,7 +136,7 @@ def compile_or_not(model, rows, T, run):
         compiled = torch.compile(model)
         idx = torch.zeros(rows, T, dtype=torch.int64, device=run.device)
         with run.ctx():
-            compiled(idx, idx).sum().backward()
+            compiled(idx, idx.clone()).sum().backward()  # one tensor for both would be compiled as such
         model.zero_grad(set_to_none=True)
         return compiled
     except torch.OutOfMemoryError:
@@ -164,8 +198,8 @@ def explain(kind, error, traceback):
     """The excepthook: what a user can mend gets one line, everything else its traceback."""
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)  # Python then exits with 130
-    elif issubclass(kind, torch.OutOfMemoryError):
-        print('out of memory on the GPU: lower --batch_size (and raise --gradient_accumulation_steps as much, for the same total batch), '
-              '--block_size, or the size of the network (--n_layer, --n_embd)', file=sys.stderr)
+    elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or issubclass(kind, RuntimeError) and "can't allocate memory" in str(error):
+        print('out of memory: lower --batch_size (and raise --gradient_accumulation_steps as much, for the same total batch), '
+              '--block_size, or the size of the network (--n_layer, --n_embd), or set --gradient_checkpointing=True', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

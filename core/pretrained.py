@@ -10,13 +10,13 @@ from model import GPT, GPTConfig
 
 def gpt2_config(hf, name):
     """The GPTConfig of a GPT2LMHeadModel's config.json."""
-    wanted = {'n_inner': None, 'tie_word_embeddings': True, 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
-    odd = {key: hf[key] for key, value in wanted.items() if hf.get(key, value) not in (value, key == 'n_inner' and 4 * hf['n_embd'])}
+    wanted = {'tie_word_embeddings': True, 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
+    odd = {key: hf[key] for key, value in wanted.items() if hf.get(key, value) != value}
     activation = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}.get(hf.get('activation_function', 'gelu_new'))
     if odd or activation is None:
         sys.exit(f'{name}: expected a plain GPT-2, its config.json says {odd or hf["activation_function"]}')
     return GPTConfig(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=hf['n_embd'],
-                     bias=True, activation=activation, norm_eps=hf.get('layer_norm_epsilon', 1e-5))
+                     bias=True, activation=activation, norm_eps=hf.get('layer_norm_epsilon', 1e-5), n_inner=hf.get('n_inner') or 0)
 
 
 def llama_config(hf, name):
@@ -73,14 +73,17 @@ def load_pretrained(name, dropout=0.0):
             sys.exit(f'{name}: its architecture is {kind}; supported are {", ".join(ARCHITECTURES)}')
         read_config, read_weights = ARCHITECTURES[kind]
         config = read_config(hf, name)
-    except (KeyError, ValueError, AttributeError, TypeError) as error:
-        sys.exit(f'{path}: not the config.json of a language model, or a damaged one ({type(error).__name__}: {error})')
-    config.dropout = dropout
-    model = GPT(config)
+        config.dropout = dropout
+        model = GPT(config)
+    except (KeyError, ValueError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
+        sys.exit(f'{path}: not the config.json of a language model, or a damaged one ({type(error).__name__}: {str(error).partition(chr(10))[0]})')
+    state = load_weights(folder)
     try:
-        weights = read_weights(model, load_weights(folder))
+        weights = read_weights(model, state)
         with torch.no_grad():
             for key, p in model.named_parameters():
+                if weights[key].shape != p.shape:
+                    sys.exit(f'{name}: its weights do not fit its config.json: {key} is {tuple(weights[key].shape)}, expected {tuple(p.shape)}')
                 p.copy_(weights[key])
     except (KeyError, RuntimeError) as error:
         sys.exit(f'{name}: its weights do not fit its config.json ({type(error).__name__}: {str(error).splitlines()[0]})')
@@ -104,14 +107,14 @@ def download_pretrained(name):
 
 def load_weights(folder):
     """The tensors of a Hugging Face folder, by name: *.safetensors, or pytorch_model.bin (never unpickled beyond tensors)."""
-    files = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors'))
-    if files:
-        from safetensors.torch import load_file
-        return {key: value for name in files for key, value in load_file(os.path.join(folder, name)).items()}
-    path = os.path.join(folder, 'pytorch_model.bin')
-    if not os.path.exists(path):
-        sys.exit(f'{folder}: no weights; expected model.safetensors or pytorch_model.bin')
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # nearly every kind there is
-        sys.exit(f'{path}: not a file of tensors alone, or a damaged one ({type(error).__name__})')
+    from safetensors.torch import load_file
+    state = {}
+    for name in sorted(name for name in os.listdir(folder) if name.endswith('.safetensors')) or ['pytorch_model.bin']:
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            sys.exit(f'{folder}: no weights; expected model.safetensors or pytorch_model.bin')
+        try:
+            state.update(load_file(path) if name.endswith('.safetensors') else torch.load(path, map_location='cpu', weights_only=True))
+        except Exception as error:  # nearly every kind there is
+            sys.exit(f'{path}: not a file of tensors alone, or a damaged one ({type(error).__name__})')
+    return state

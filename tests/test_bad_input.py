@@ -67,6 +67,18 @@ def own_data(tiny_data, tmp_path):
     (['--n_layer=0'], ['n_layer=0', 'at least 1']),
     (['--n_head=-1'], ['n_head=-1', 'at least 0']),
     (['--n_head=3'], ['n_embd=32', 'n_head=3', 'divisible']),
+    (['--n_head=4', '--n_kv_head=3'], ['n_head=4', 'n_kv_head=3', 'divisible']),
+    (['--n_kv_head=4'], ['n_head=2', 'n_kv_head=4', 'divisible']),
+    (['--rope_theta=10000', '--n_embd=30'], ['rope_theta=10000.0', '15', 'even']),
+    (['--rope_theta=10000', '--head_size=5'], ['rope_theta=10000.0', '5', 'head_size', 'even']),
+    (['--rope_theta=-1'], ['rope_theta=-1.0', 'at least 0']),
+    (['--norm=batchnorm'], ['norm=batchnorm', 'layernorm or rmsnorm']),
+    (['--activation=relu'], ['activation=relu', 'gelu or gelu_tanh or swiglu']),
+    (['--optimizer=sgd'], ['optimizer=sgd', 'adamw or muon']),
+    (['--schedule=linear'], ['schedule=linear', 'cosine or wsd']),
+    (['--cooldown=1.5'], ['cooldown=1.5', '[0, 1]']),
+    (['--muon_lr=-1'], ['muon_lr=-1.0', 'at least 0']),
+    (['--lr_decay_iters=-2'], ['lr_decay_iters=-2']),
     (['--eval_interval=0'], ['eval_interval=0', 'at least 1']),
     (['--log_interval=0'], ['log_interval=0', 'at least 1']),
     (['--eval_iters=0'], ['eval_iters=0']),
@@ -280,12 +292,19 @@ def test_pickled_code_in_pretrained_weights(tiny_data, tmp_path, script):
     refuse(script, f'--init_from={folder}', *args, names=['pytorch_model.bin'], folder=tmp_path)
 
 
-@pytest.mark.parametrize('key, value', [('n_layer', 3), ('n_head', 4), ('n_embd', 64), ('block_size', 16), ('bias', True)])
+@pytest.mark.parametrize('key, value', [('n_layer', 3), ('n_head', 4), ('n_embd', 64), ('block_size', 16), ('bias', True), ('tied', False),
+                                        ('qk_norm', True), ('rope_theta', 10000.0), ('norm', 'rmsnorm'), ('n_kv_head', 1), ('n_inner', 64)])
 def test_resume_contradicted(own_run, tiny_data, key, value):
     """An architecture given on the command line that is not the checkpoint's."""
     args = [arg for arg in TINY if not arg.startswith(f'--{key}=')]
     refuse('train.py', *args, f'--{key}={value}', f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume',
            names=[f'--{key}={value}', own_run / 'ckpt.pt', f'{key}={torch.load(own_run / "ckpt.pt", weights_only=True)["model_args"][key]}'], folder=own_run)
+
+
+def test_resume_with_another_optimizer(own_run, tiny_data):
+    """AdamW's moments are of no use to Muon."""
+    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--optimizer=muon',
+           names=[own_run / 'ckpt.pt', 'optimizer', '--init_from='], folder=own_run)
 
 
 def test_resume_yields_to_the_checkpoint(own_run, tiny_data, tmp_path):

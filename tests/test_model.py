@@ -1,14 +1,18 @@
-"""The network against independent truth: transformers' GPT-2, and a plain re-statement of the formulas."""
+"""The network against a plain re-statement of its formulas; against transformers' see test_pretrained.py."""
 import math
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from core.pretrained import load_pretrained
-from model import GPT, GPTConfig, attention, sampling_probs
+import model as model_file
+from model import GPT, GPTConfig, attention, rotary, rotate, sampling_probs
 
 TINY = dict(block_size=16, vocab_size=97, n_layer=3, n_head=4, n_embd=32)
+QWEN3 = dict(**TINY, bias=False, activation='swiglu', norm='rmsnorm', rope_theta=1e4, qk_norm=True, n_kv_head=2, head_size=12)
+STYLES = pytest.mark.parametrize('style', [TINY, {**TINY, 'tied': False}, QWEN3, {**QWEN3, 'tied': False}], ids=['gpt2', 'gpt2, untied', 'qwen3', 'qwen3, untied'])
 
 
 def restated_loss(state, idx, targets, n_layer, n_head, bias=True):
@@ -56,25 +60,6 @@ def test_loss_and_gradients_are_those_of_the_formulas(bias):
         torch.testing.assert_close(p.grad, state[name].grad, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f'{name}: {text}')
 
 
-@pytest.mark.parametrize('activation', ['gelu_new', 'gelu'])
-@pytest.mark.parametrize('safe', [True, False])
-def test_logits_equal_transformers(activation, safe, tmp_path):
-    transformers = pytest.importorskip('transformers')
-    torch.manual_seed(2)
-    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_positions=16, n_embd=32, n_layer=3, n_head=4, activation_function=activation)).eval()
-    with torch.no_grad():
-        for p in hf.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    hf.save_pretrained(tmp_path)
-    if not safe:  # as older repositories have it
-        torch.save(hf.state_dict(), tmp_path / 'pytorch_model.bin')
-        (tmp_path / 'model.safetensors').unlink()
-    model = load_pretrained(str(tmp_path)).eval()
-    idx = torch.randint(97, (5, 16))
-    with torch.no_grad():
-        assert (model(idx) - hf(idx).logits).abs().max() <= 1e-5
-
-
 def test_state_dict_has_nanogpts_names():
     names = set(GPT(GPTConfig(**TINY)).state_dict())
     block = [f'{part}.{kind}' for part in ('ln_1', 'attn.c_attn', 'attn.c_proj', 'ln_2', 'mlp.c_fc', 'mlp.c_proj') for kind in ('weight', 'bias')]
@@ -95,6 +80,113 @@ def test_plain_attention_equals_the_fused_kernel(T):
     z.backward(g.bfloat16())
     for a, b in zip((y, *(x.grad for x in wide)), (z, *(x.grad for x in narrow))):
         assert (a - b.float()).norm() / a.norm() < 1e-2
+
+
+def test_rotary_positions():
+    """Against complex numbers: channels i and i + hs / 2 are the parts of one, which position t turns by t * theta**(-2i / hs)."""
+    x = torch.randn(2, 3, 50, 12)
+    y = rotate(x, rotary(50, 12, 100.0, 'cpu'))
+    angles = torch.arange(50.0, dtype=torch.float64)[:, None] * 100.0 ** (-torch.arange(0, 6, dtype=torch.float64) / 6)
+    expected = torch.complex(*x.double().chunk(2, -1)) * torch.exp(1j * angles)
+    torch.testing.assert_close(y, torch.cat([expected.real, expected.imag], -1).float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('plain', [False, True])
+def test_grouped_queries(plain):
+    """Query head h takes the keys and values of head h // 4: values and gradients against a loop over the heads."""
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(n, 3, 16, 12, requires_grad=True) for n in (8, 2, 2))
+    y = attention(q, k, v, plain=plain)
+    z = torch.stack([F.scaled_dot_product_attention(q[h], k[h // 4], v[h // 4], is_causal=True) for h in range(8)])
+    g = torch.randn_like(y)
+    for a, b in zip((y, *torch.autograd.grad(y, (q, k, v), g)), (z, *torch.autograd.grad(z, (q, k, v), g))):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def losses_and_gradients(model, idx, targets, seed=0):
+    """Of one step in training mode, every number of them: {name: tensor}."""
+    torch.manual_seed(seed)
+    model.train().zero_grad()
+    losses = model(idx, targets)
+    losses.mean().backward()
+    return {'losses': losses.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
+
+
+def batch(vocab_size, B=4, T=16):
+    idx, targets = torch.randint(vocab_size, (2, B, T))
+    return idx, targets
+
+
+@STYLES
+@pytest.mark.parametrize('autocast', [False, True], ids=['fp32', 'bf16'])
+def test_the_loss_in_chunks(style, autocast, monkeypatch):
+    """64 tokens, some masked, 7 at a time: the same losses and gradients."""
+    torch.manual_seed(6)
+    model = GPT(GPTConfig(**style))
+    idx, targets = batch(97)
+    targets[1, 3:12] = -1
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        whole = losses_and_gradients(model, idx, targets)
+        monkeypatch.setattr(model_file, 'LOGITS', 7 * 97 + 5)
+        chunks = losses_and_gradients(model, idx, targets)
+    assert (chunks['losses'][1, 3:12] == 0).all() and chunks['losses'].dtype == torch.float32
+    for name in whole:
+        assert (whole[name] - chunks[name]).norm() <= (1e-2 if autocast else 1e-6) * whole[name].norm(), name
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation returns."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize('rows', [4, 64])
+def test_the_loss_in_chunks_needs_no_more_logits(rows, monkeypatch):
+    """In the forward pass and in the backward pass: of 64 tokens, 4 at a time, none as large as all logits; all at once, just these."""
+    monkeypatch.setattr(model_file, 'LOGITS', rows * 1000)
+    model = GPT(GPTConfig(**{**TINY, 'vocab_size': 1000}))
+    with Largest() as seen:
+        losses_and_gradients(model, *batch(1000))
+    assert seen.numel == (1000 * 32 if rows == 4 else 64 * 1000)  # the embedding, or the logits
+
+
+@STYLES
+def test_gradient_checkpointing(style):
+    """Each block is computed twice, with the same dropout: the same losses and gradients."""
+    model = GPT(GPTConfig(**style, dropout=0.2))
+    model.gradient_checkpointing, calls = False, []
+    for block in model.transformer.h:
+        block.register_forward_pre_hook(lambda *args: calls.append(1))
+    idx, targets = batch(97)
+    kept = losses_and_gradients(model, idx, targets)
+    assert len(calls) == 3 and not torch.equal(kept['losses'], losses_and_gradients(model, idx, targets, seed=1)['losses'])
+    model.gradient_checkpointing, calls[:] = True, []
+    again = losses_and_gradients(model, idx, targets)
+    assert len(calls) == 6
+    for name in kept:
+        torch.testing.assert_close(kept[name], again[name], atol=1e-7, rtol=1e-5)
+
+
+@STYLES
+def test_counts(style):
+    """Parameters against their sum by hand, floating-point operations against those that torch counts."""
+    model = GPT(GPTConfig(**style))
+    C, V = 32, 97
+    if 'qk_norm' in style:
+        matrices, gains = C * (4 + 2 + 2 + 4) * 12 + 3 * C * 128, 2 * C + 2 * 12  # 8/3 * 32, rounded up, is 128
+    else:
+        matrices, gains = 12 * C * C, 4 * C + 9 * C  # and biases
+    gains = 3 * gains + (C if 'qk_norm' in style else 2 * C)
+    assert model.num_params() == 3 * matrices + gains + V * C
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        losses_and_gradients(model, *batch(97))
+    assert model.flops_per_token() == counter.get_total_flops() / 64 + 6 * gains
 
 
 def test_generate():
@@ -120,12 +212,15 @@ def test_sampling_probs():
     assert sampling_probs(logits, top_p=0.71)[0].nonzero().flatten().tolist() == [1, 2, 3]
 
 
-def test_crop_block_size():
-    model = GPT(GPTConfig(**TINY)).eval()
+@STYLES
+def test_crop_block_size(style):
+    model = GPT(GPTConfig(**style)).eval()
     idx = torch.randint(97, (2, 8))
     before = model(idx)
     model.crop_block_size(8)
     torch.testing.assert_close(model(idx), before)
+    with pytest.raises(AssertionError, match='block_size=8'):
+        model(torch.randint(97, (2, 9)))
 
 
 def test_masked_targets_cost_nothing():

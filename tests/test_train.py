@@ -12,12 +12,17 @@ import pytest
 import torch
 from conftest import ROOT, TINY, losses_of, make_dataset, run_script
 
+from core import optimizer
 from core.checkpoint import build_model, load_checkpoint
 from core.device import known_peak
 
 # losses of the first steps of the tiny run below: whoever changes the network, the data order or the optimizer changes them, and says why
 GOLDEN = [2.8880, 2.8674, 2.7953, 2.7681, 2.7703, 2.7238, 2.7196, 2.6842, 2.6576, 2.6344,
           2.6076, 2.6000, 2.5986, 2.5817, 2.5399, 2.5415, 2.5619, 2.4948, 2.5053, 2.4530]
+QWEN3 = ['--rope_theta=10000.0', '--norm=rmsnorm', '--activation=swiglu', '--qk_norm=True', '--tied=False', '--n_kv_head=1',
+         '--optimizer=muon', '--schedule=wsd', '--lr_decay_iters=20']
+GOLDEN_QWEN3 = [2.8945, 2.8062, 2.7447, 2.6657, 2.6595, 2.5740, 2.5355, 2.4912, 2.4831, 2.4607,
+                2.4354, 2.4093, 2.3908, 2.3695, 2.3834, 2.3250, 2.3457, 2.2727, 2.2917, 2.2755]
 
 
 def train(data, out_dir, *args):
@@ -35,6 +40,13 @@ def test_golden_losses(tiny_data, tmp_path):
     assert [loss for _, loss in losses_of(tmp_path)] == pytest.approx(GOLDEN, abs=2e-4)
 
 
+def test_golden_losses_of_qwen3_and_muon(tiny_data, tmp_path, monkeypatch):
+    """Updates in fp32, as on most CPUs."""
+    monkeypatch.setattr(optimizer, 'fast_bf16_cpu', lambda: False)
+    train(tiny_data, tmp_path, '--max_iters=20', *QWEN3)
+    assert [loss for _, loss in losses_of(tmp_path)] == pytest.approx(GOLDEN_QWEN3, abs=2e-4)
+
+
 def test_it_learns(tiny_data, tmp_path):
     train(tiny_data, tmp_path, '--max_iters=300', '--lr_decay_iters=300', '--learning_rate=1e-2', '--min_lr=1e-3', '--batch_size=16', '--eval_interval=100')
     assert losses_of(tmp_path, 'val_loss')[-1][1] < 0.9  # from ln(17) = 2.8
@@ -44,9 +56,10 @@ def test_it_learns(tiny_data, tmp_path):
     assert sum(word in known for word in words) > 0.9 * len(words)
 
 
-def test_resume_is_exact(tiny_data, tmp_path):
+@pytest.mark.parametrize('style', [[], QWEN3], ids=['gpt2', 'qwen3'])
+def test_resume_is_exact(style, tiny_data, tmp_path):
     """Ten steps, with dropout, against four and then six more: same losses, same weights, bit for bit, and a log without gaps."""
-    args = '--dropout=0.2', '--gradient_accumulation_steps=2', '--eval_interval=4'
+    args = '--dropout=0.2', '--gradient_accumulation_steps=2', '--eval_interval=4', *style
     train(tiny_data, tmp_path / 'whole', *args, '--max_iters=10')
     train(tiny_data, tmp_path / 'parts', *args, '--max_iters=4')
     out = train(tiny_data, tmp_path / 'parts', *args, '--max_iters=10', '--init_from=resume')
@@ -64,10 +77,18 @@ def test_the_batch_does_not_depend_on_accumulation(tiny_data, tmp_path):
     assert losses_of(tmp_path / 'a', 'val_loss')[-1][1] == pytest.approx(losses_of(tmp_path / 'b', 'val_loss')[-1][1], abs=2e-6)
 
 
-@pytest.mark.parametrize('split_up', [['--gradient_accumulation_steps=2'], ['--batch_size=6']], ids=['micro-batches', 'rows'])
-def test_two_processes_equal_one(split_up, tiny_data, tmp_path):
+@pytest.mark.parametrize('split_up', [['--gradient_accumulation_steps=2'], ['--batch_size=6'], ['--batch_size=6', '--n_layer=3', *QWEN3]], ids=['micro-batches', 'rows', 'muon'])
+def test_two_processes_equal_one(split_up, tiny_data, tmp_path, monkeypatch):
+    """With Muon the processes share three of the matrices out unevenly; updates in fp32, as bf16 makes more of rounding than the tolerance."""
+    monkeypatch.setattr(optimizer, 'fast_bf16_cpu', lambda: False)
+    (tmp_path / 'fp32.py').write_text(f"""import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from core import optimizer
+optimizer.fast_bf16_cpu = lambda: False
+runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
+""", encoding='utf-8')
     args = [*TINY, f'--dataset={tiny_data}', '--eval_iters=-1', *split_up]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'train.py'), *args, f'--out_dir={tmp_path / "two"}']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'fp32.py'), *args, f'--out_dir={tmp_path / "two"}']
     subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=ROOT)
     train(tiny_data, tmp_path / 'one', '--eval_iters=-1', *split_up)
     for column in ('loss', 'val_loss', 'val_bpb'):
@@ -144,20 +165,41 @@ def test_init_from_a_checkpoint_starts_anew(tiny_data, tiny_run, tmp_path):
     assert losses_of(tmp_path, 'val_loss')[0][1] == losses_of(tiny_run, 'val_loss')[-1][1]  # the same weights, and the schedule from its start
 
 
-def test_init_from_gpt2_folder(tmp_path):
-    """Fine-tuning real GPT-2 layout: weights from a folder, tokens of the dataset, block_size cropped."""
-    transformers = pytest.importorskip('transformers')
-    torch.manual_seed(5)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50257, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / 'gpt2')
-    data = tmp_path / 'data'
-    data.mkdir()
-    np.random.default_rng(0).integers(0, 50257, 500).astype('<u2').tofile(data / 'train.bin')
-    (data / 'train.bin').rename(data / 'val.bin')
-    np.random.default_rng(1).integers(0, 50257, 500).astype('<u2').tofile(data / 'train.bin')
-    out = train(data, tmp_path / 'out', f'--init_from={tmp_path / "gpt2"}', '--max_iters=2')
-    assert f'loaded {tmp_path / "gpt2"}' in out
-    args = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))['model_args']
-    assert args['block_size'] == 32 and args['activation'] == 'gelu_tanh' and args['n_embd'] == 16
+@pytest.mark.parametrize('schedule, shares', [('wsd', [0, 0, 0, 0.5, 1]), ('cosine', [0, 0.1464466, 0.5, 0.8535534, 1])])
+def test_schedules(schedule, shares, tiny_data, tmp_path):
+    """Warm-up over 4 steps; then from step 4 to 20, of whose last 8 wsd decays in, given at every quarter. Muon's rate goes along."""
+    args = '--max_iters=23', '--warmup_iters=4', '--lr_decay_iters=20', f'--schedule={schedule}', '--learning_rate=1e-3', '--min_lr=1e-4'
+    train(tiny_data, tmp_path, *args, '--cooldown=0.4', '--optimizer=muon', '--muon_lr=0.02')
+    rates = [rate for _, rate in losses_of(tmp_path, 'lr')]
+    assert rates[:4] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4])
+    assert rates[4:21:4] == pytest.approx([1e-3 - 9e-4 * share for share in shares], rel=1e-5)
+    assert rates[20:] == pytest.approx([1e-4] * 3)
+    if schedule == 'wsd':
+        assert rates[12:21] == pytest.approx([1e-3 - 9e-4 * i / 8 for i in range(9)])
+    groups = load_checkpoint(str(tmp_path / 'ckpt.pt'))['optimizer']['param_groups']
+    assert [group['lr'] for group in groups] == pytest.approx([1e-4, 1e-4, 0.002])
+
+
+def test_depth_alone(tiny_data, tmp_path):
+    """n_embd=0 and n_head=0: 64 channels a layer and a head, learning rates for that width, Muon's as it is."""
+    train(tiny_data, tmp_path, '--max_iters=1', '--n_layer=3', '--n_embd=0', '--n_head=0', '--decay_lr=False', '--learning_rate=1e-3', '--min_lr=1e-4',
+          *QWEN3, '--n_kv_head=0', '--muon_lr=0.03')
+    checkpoint = load_checkpoint(str(tmp_path / 'ckpt.pt'))
+    expected = {'n_embd': 192, 'n_head': 3, 'n_kv_head': 3, 'head_size': 64, 'n_inner': 512}  # 8/3 * 192
+    assert expected == {key: checkpoint['model_args'][key] for key in expected} == {key: checkpoint['config'][key] for key in expected}
+    assert [checkpoint['config'][key] for key in ('learning_rate', 'min_lr')] == pytest.approx([2e-3, 2e-4])  # (768 / 192)**0.5 = 2
+    assert [group['lr'] for group in checkpoint['optimizer']['param_groups']] == pytest.approx([2e-3, 2e-3, 0.03])
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_as_many_steps_as_parameters_want(tied, tiny_data, tmp_path):
+    """max_iters=-1 sees 20 tokens per parameter, and lr_decay_iters=-1 decays until then."""
+    train(tiny_data, tmp_path, '--n_layer=1', '--n_embd=8', '--batch_size=32', '--max_iters=-1', '--lr_decay_iters=-1', '--min_lr=0.0', f'--tied={tied}')
+    steps = math.ceil(20 * (12 * 8 * 8 + 3 * 8 + 17 * 8) / (32 * 32))  # matrices, gains and the head
+    assert [step for step, _ in losses_of(tmp_path)] == list(range(steps))
+    config = load_checkpoint(str(tmp_path / 'ckpt.pt'))['config']
+    assert config['max_iters'] == config['lr_decay_iters'] == steps
+    assert losses_of(tmp_path, 'lr')[-1][1] == pytest.approx(1e-3 * (1 + math.cos(math.pi * (steps - 1) / steps)) / 2, rel=1e-4)
 
 
 def test_a_folder_without_validation_trains(tiny_data, tmp_path):

@@ -1,0 +1,150 @@
+"""
+The curves of one run or several, from their log.csv, as a picture.
+
+    python plot.py out-a out-b                                      # validation loss over steps, to curves.png
+    python plot.py out-a out-b --x=time --y=loss --log=y --out=loss.png
+    python plot.py out-a nanogpt.txt --x=time                       # and what nanoGPT's train.py has printed, saved to a file
+
+A run is its folder, its log.csv, or a file with the printed lines of nanoGPT's train.py or ours. It needs matplotlib.
+"""
+import csv
+import difflib
+import os
+import re
+import statistics
+import sys
+import warnings
+
+import numpy as np
+
+from core.files import find
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+x = 'iter'  # 'iter'; 'tokens' that were trained on; 'time': the seconds that the steps took, without evaluations
+y = 'val_loss'  # a column of log.csv: loss, train_loss, val_loss, lr, grad_norm, ms, ...
+log = ''  # axes with a logarithmic scale: 'x', 'y' or 'xy'
+out = 'curves.png'  # the picture; .pdf and .svg work too
+# ---------------------------------------------------------------------------------------------------------------------------------------
+_settings_given, _runs, _rest = [sys.argv[0]], [], sys.argv[1:]
+while _rest:  # what is no setting is a run
+    _argument = _rest.pop(0)
+    if _argument.startswith('-') and '=' not in _argument and _argument not in ('--help', '-h') and _rest:
+        _argument += f'={_rest.pop(0)}'
+    (_settings_given if _argument.startswith('-') else _runs).append(_argument)
+sys.argv = _settings_given
+exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
+
+LABELS = {'iter': 'step', 'tokens': 'tokens', 'time': 'seconds of training, evaluations left out'}
+CJK = ('Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'Source Han Sans CN', 'WenQuanYi Micro Hei', 'WenQuanYi Zen Hei', 'PingFang SC',
+       'Hiragino Sans GB', 'Microsoft YaHei', 'SimHei', 'Arial Unicode MS')
+
+
+def read_csv(path, lines):
+    """{column: [(step, number)]} of a log.csv."""
+    reader, columns = csv.DictReader(lines), {}
+    try:
+        for row in reader:
+            for name, value in row.items():
+                if value and name != 'iter':
+                    columns.setdefault(name, []).append((int(row['iter']), float(value)))
+                columns.setdefault(name, [])
+    except (ValueError, TypeError, csv.Error):  # text, a row that is too long, a zero byte
+        sys.exit(f'{path}: line {reader.line_num} is damaged: expected the numbers of {", ".join(reader.fieldnames)}')
+    return columns
+
+
+def read_printed(lines):
+    """The same from lines that train.py has printed, and at 'tokens_per_iter' the tokens of a step."""
+    columns, evaluated = {}, set()
+    for line in lines:
+        tokens = re.search(r'tokens per iteration will be: ([\d,]+)|([\d,]+) tokens per iteration', line)
+        step = re.match(r'(step|iter) (\d+): (.*)', line)
+        if tokens:
+            columns['tokens_per_iter'] = [(0, float((tokens[1] or tokens[2]).replace(',', '')))]
+        for name, value in re.findall(r'([a-z ]+?) (-?[\d.]+(?:e-?\d+)?|nan|inf)(?:ms|%)?(?:,|$)', step[3]) if step else ():
+            columns.setdefault({'time': 'ms'}.get(name.strip(), name.strip().replace(' ', '_')), []).append((int(step[2]), float(value)))
+        if step and step[1] == 'step':
+            evaluated.add(int(step[2]))
+    if 'ms' in columns:  # nanoGPT counts an evaluation to the step after it
+        usual = statistics.median([ms for step, ms in columns['ms'] if step not in evaluated] or [0])
+        columns['ms'] = [(step, min(ms, usual) if step in evaluated else ms) for step, ms in columns['ms']]
+    return columns
+
+
+def read(run):
+    """(columns, name for the legend) of a run."""
+    path = find(run)
+    path = os.path.join(path, 'log.csv') if os.path.isdir(path) else path
+    try:
+        with open(path, encoding='utf-8', errors='replace', newline='') as f:
+            lines = f.read().splitlines()
+    except OSError as error:
+        sys.exit(f'{path}: cannot be read: {error.strerror}; expected the folder of a run, its log.csv, or the printed lines of a training')
+    columns = read_csv(path, lines) if lines and lines[0].split(',')[0] == 'iter' else read_printed(lines)
+    if not any(columns.values()):
+        sys.exit(f'{path}: neither a log.csv with a step in it nor the printed lines of a training')
+    folder, file = os.path.split(os.path.abspath(path))
+    return columns, os.path.basename(folder) if file == 'log.csv' else os.path.splitext(file)[0]
+
+
+def needed(columns, name, run, why):
+    if not columns.get(name):
+        near = ''.join(f' (did you mean {near}?)' for near in difflib.get_close_matches(name, columns, 1) if near != name)
+        sys.exit(f'{why}: {run} has no numbers of {name}{near}; it has {", ".join(key for key in columns if columns[key] and key != "tokens_per_iter")}')
+    return np.array(columns[name]).T  # (2, n): steps, numbers
+
+
+def curve(columns, run):
+    """What is drawn of a run: (xs, ys)."""
+    steps, ys = needed(columns, y, run, f'y={y}')
+    if x == 'tokens' and 'tokens_per_iter' in columns:
+        steps = steps * columns['tokens_per_iter'][0][1]
+    elif x == 'tokens':
+        (_, ms), (_, rate) = (needed(columns, name, run, 'x=tokens') for name in ('ms', 'tokens_per_s'))
+        n = min(len(ms), len(rate))
+        steps = steps * round(np.median(ms[:n] * rate[:n] / 1000))
+    elif x == 'time':  # ms is the mean of the steps since the row before; a step ends that long after the one before
+        at, ms = needed(columns, 'ms', run, 'x=time')
+        seconds = np.cumsum(ms * np.diff(at, prepend=at[0] - 1)) / 1000
+        steps = np.interp(steps, [at[0], *(at + 1)], [0, *seconds])
+    return steps, ys
+
+
+def draw(curves):
+    try:
+        from matplotlib import font_manager, rcParams
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
+    except ImportError:
+        sys.exit('plot.py needs matplotlib: pip install matplotlib')
+    warnings.filterwarnings('ignore', 'Glyph')  # no font here has it
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    rcParams['font.family'] = ['DejaVu Sans', *(name for name in CJK if name in installed)]
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.subplots()
+    lines = [axes.plot(xs, ys, linewidth=1.5, marker='o' if len(xs) <= 40 else '', markersize=3)[0] for xs, ys, _ in curves]
+    axes.set(xlabel=LABELS[x], ylabel=y.replace('_', ' '), xscale='log' if 'x' in log else 'linear', yscale='log' if 'y' in log else 'linear')
+    if 'y' in log:
+        axes.yaxis.set_major_formatter(LogFormatter())  # 3, not 3 * 10^0
+        axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.grid(alpha=0.3, which='both')
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.legend(lines, [name.replace('$', r'\$') for *_, name in curves], frameon=False)
+    try:
+        figure.savefig(os.path.expanduser(out), dpi=150)
+    except (OSError, ValueError) as error:  # no such folder, no such format
+        sys.exit(f'out={out}: cannot be written: {error}')
+
+
+if not _runs:
+    sys.exit('plot.py: which run? python plot.py out-a out-b --x=time (python plot.py --help lists the settings)')
+if x not in LABELS or log not in ('', 'x', 'y', 'xy'):
+    sys.exit(f'x={x}, log={log}: expected x to be {", ".join(LABELS)}, and log x, y or xy')
+curves = []
+for run in _runs:
+    columns, name = read(run)
+    curves.append((*curve(columns, run), name))
+names = [name for *_, name in curves]
+curves = [(xs, ys, name if names.count(name) == 1 else run) for (xs, ys, name), run in zip(curves, _runs)]
+draw(curves)
+print(f'{out}: {y.replace("_", " ")} of {len(curves)} run{"s" * (len(curves) > 1)}: ' + ', '.join(f'{name} {ys[-1]:.4g}' for _, ys, name in curves) + ' at the end')

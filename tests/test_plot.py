@@ -1,0 +1,116 @@
+"""plot.py: pictures of one run and of several, nanoGPT's printed lines among them, and one line for what it cannot draw."""
+import runpy
+import struct
+import sys
+from unittest import mock
+
+import pytest
+from conftest import ROOT, run_script, write
+
+pytest.importorskip('matplotlib')
+CSV = 'iter,loss,ms,tokens_per_s,mfu,val_loss\n0,,,,,4.2\n0,4.2,20,3200,,\n1,3.9,10,6400,,\n2,,,,,3.5\n2,3.4,10,6400,,\n3,3.1,10,6400,,\n4,,,,,3\n'
+PRINTED = '''tokens per iteration will be: 64
+step 0: train loss 4.2000, val loss 4.3000
+iter 0: loss 4.2100, time 9000.00ms, mfu -100.00%
+iter 1: loss 4.0000, time 20.00ms, mfu -100.00%
+step 2: train loss 3.6000, val loss 3.7000
+saving checkpoint to out
+iter 2: loss 3.7000, time 5000.00ms, mfu 1.50%
+iter 3: loss nan, time 20.00ms, mfu 1.50%
+'''
+
+
+def size_of_picture(path):
+    """(width, height) of a PNG."""
+    data = path.read_bytes()
+    assert data[:8] == b'\x89PNG\r\n\x1a\n' and data[12:16] == b'IHDR'
+    return struct.unpack('>II', data[16:24])
+
+
+def points(*args):
+    """What plot.py hands to matplotlib: [(xs, ys, name in the legend)]."""
+    with mock.patch.object(sys, 'argv', ['plot.py', *map(str, args)]):
+        drawn = runpy.run_path(str(ROOT / 'plot.py'))['curves']
+    return [(list(map(float, xs)), list(map(float, ys)), name) for xs, ys, name in drawn]
+
+
+def test_a_run(tiny_run, tmp_path):
+    """A real run, by every x."""
+    for x in 'iter', 'tokens', 'time':
+        result = run_script('plot.py', tiny_run, f'--x={x}', '--log=y', '--out=a.png', cwd=tmp_path)
+        assert result.code == 0 and result.out.splitlines()[-1].startswith('a.png: val loss of 1 run: '), result.err
+        assert size_of_picture(tmp_path / 'a.png') == (1200, 750)
+
+
+def test_several(tmp_path):
+    """Folders, a log.csv and nanoGPT's printed lines in one picture; names that matplotlib has no letters for, or takes for formulas."""
+    for name in '石头记', '$a_$b', '_c':
+        write(tmp_path / name / 'log.csv', CSV)
+    write(tmp_path / 'again' / '石头记' / 'log.csv', CSV)
+    write(tmp_path / 'nanogpt.txt', PRINTED)
+    runs = '石头记', '$a_$b', '_c/log.csv', 'again/石头记', 'nanogpt.txt'
+    result = run_script('plot.py', *runs, '--y', 'loss', '--out', 'b.png', cwd=tmp_path)
+    assert (result.code, result.err) == (0, '')
+    assert 'loss of 5 runs: 石头记 3.1, $a_$b 3.1, _c 3.1, again/石头记 3.1, nanogpt nan' in result.out
+    assert size_of_picture(tmp_path / 'b.png') == (1200, 750)
+
+
+def test_points(tmp_path):
+    """The x of a point: its step, the tokens before it, or the time of the steps before it, into which no evaluation counts."""
+    write(tmp_path / 'ours' / 'log.csv', CSV)
+    runs = write(tmp_path / 'nanogpt.txt', PRINTED), tmp_path / 'ours', f'--out={tmp_path / "c.png"}'
+    assert points(*runs) == [([0, 2], [4.3, 3.7], 'nanogpt'), ([0, 2, 4], [4.2, 3.5, 3], 'ours')]
+    assert [xs for xs, *_ in points(*runs, '--x=tokens')] == [[0, 128], [0, 128, 256]]
+    (nanogpt, *_), (ours, *_) = points(*runs, '--x=time')
+    assert ours == pytest.approx([0, 0.03, 0.05])
+    assert nanogpt == pytest.approx([0, 0.04])
+
+
+def test_fewer_rows_than_steps(tmp_path):
+    """Where only some steps are logged, each row stands for those since the one before."""
+    write(tmp_path / 'r' / 'log.csv', 'iter,ms,loss\n' + ''.join(f'{i},1000,{i}\n' for i in range(0, 50, 10)))
+    assert points(tmp_path / 'r', '--x=time', '--y=loss', f'--out={tmp_path / "d.png"}')[0][0] == pytest.approx([0, 10, 20, 30, 40])
+
+
+@pytest.mark.parametrize('args, names', [
+    ([], ['which run?', '--help']),
+    (['missing'], ['missing', 'No such file', 'folder of a run']),
+    (['empty'], ['log.csv', 'No such file']),
+    (['good', '--y=val_los'], ['y=val_los', 'good', 'did you mean val_loss?', 'ms']),
+    (['good', '--y=zzz'], ['zzz', 'it has loss, ms, tokens_per_s, val_loss']),
+    (['good', '--y=mfu'], ['y=mfu', 'no numbers']),
+    (['short.csv', '--x=time', '--y=loss'], ['x=time', 'short.csv', 'ms', 'it has loss']),
+    (['short.csv', '--x=tokens', '--y=loss'], ['x=tokens', 'short.csv']),
+    (['good', '--x=hours'], ['x=hours', 'iter, tokens, time']),
+    (['good', '--log=z'], ['log=z', 'xy']),
+    (['good', '--yy=loss'], ['--yy', 'no such setting']),
+    (['good', '--out=no/such.png'], ['no/such.png', 'No such file']),
+    (['good', '--out=a.xyz'], ['a.xyz', 'not supported']),
+    (['damaged.csv'], ['damaged.csv', 'line 3', 'iter, loss']),
+    (['long.csv'], ['long.csv', 'line 2']),
+    (['nonsense.txt'], ['nonsense.txt', 'neither']),
+    (['header.csv'], ['header.csv', 'neither']),
+])
+def test_refusals(tmp_path, args, names):
+    """One line that names what is wrong."""
+    (tmp_path / 'empty').mkdir()
+    write(tmp_path / 'good' / 'log.csv', CSV)
+    for name, text in (('damaged', '0,4.2\n1,\x00\xff4..\n'), ('long', '0,1,2\n'), ('short', '0,1\n'), ('header', '')):
+        write(tmp_path / f'{name}.csv', f'iter,loss\n{text}')
+    write(tmp_path / 'nonsense.txt', 'nothing\n')
+    result = run_script('plot.py', *args, cwd=tmp_path)
+    assert result.code == 1 and result.err.count('\n') == 1 and all(name in result.err for name in names), result.err
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    """It says what to install."""
+    write(tmp_path / 'good' / 'log.csv', CSV)
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    result = run_script('plot.py', 'good', cwd=tmp_path)
+    assert (result.code, result.err) == (1, 'plot.py needs matplotlib: pip install matplotlib\n')
+
+
+def test_help(tmp_path):
+    for args in ['--help'], ['good', '-h']:
+        result = run_script('plot.py', *args, cwd=tmp_path)
+        assert (result.code, result.err, list(tmp_path.iterdir())) == (0, '', []) and '--y=' in result.out

@@ -1,0 +1,191 @@
+"""Networks that others trained, against independent truth: transformers' GPT-2, Llama and Qwen3, tiny and random."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, exit_line, losses_of, run_script
+from torch.nn import functional as F
+
+from core.checkpoint import load_checkpoint
+from core.pretrained import ARCHITECTURES, load_pretrained
+
+transformers = pytest.importorskip('transformers')
+
+GPT2 = dict(n_positions=16, n_embd=32, n_layer=3, n_head=4)
+LLAMA = dict(max_position_embeddings=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, rms_norm_eps=1e-6,
+             rope_parameters={'rope_type': 'default', 'rope_theta': 5e5})
+NETWORKS = {
+    'gpt2': ('GPT2', 'LMHeadModel', {**GPT2, 'activation_function': 'gelu_new'}),
+    'gpt2, exact gelu, narrow': ('GPT2', 'LMHeadModel', {**GPT2, 'activation_function': 'gelu', 'n_inner': 48}),
+    'llama': ('Llama', 'ForCausalLM', {**LLAMA, 'num_key_value_heads': 4, 'tie_word_embeddings': False}),
+    'llama, tied, gqa': ('Llama', 'ForCausalLM', {**LLAMA, 'num_key_value_heads': 1, 'tie_word_embeddings': True}),
+    'qwen3': ('Qwen3', 'ForCausalLM', {**LLAMA, 'num_key_value_heads': 4, 'head_dim': 8, 'tie_word_embeddings': False}),
+    'qwen3, tied, gqa, wide heads': ('Qwen3', 'ForCausalLM', {**LLAMA, 'num_key_value_heads': 2, 'head_dim': 16, 'tie_word_embeddings': True}),
+}
+
+
+def make(folder, name, **save):
+    """Save one of these networks, with weights of which no bias is zero and no gain one, to a folder; returns it."""
+    kind, suffix, settings = NETWORKS[name]
+    torch.manual_seed(2)
+    hf = getattr(transformers, kind + suffix)(getattr(transformers, f'{kind}Config')(vocab_size=97, **settings)).eval()
+    with torch.no_grad():
+        for p in hf.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    hf.save_pretrained(folder, **save)
+    return hf
+
+
+def edit(folder, **entries):
+    """Change entries of config.json; None takes one out."""
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8')) | entries
+    (folder / 'config.json').write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding='utf-8')
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_logits_and_gradients_equal_transformers(name, tmp_path):
+    hf, model = make(tmp_path, name), load_pretrained(str(tmp_path)).eval()
+    idx, targets = torch.randint(97, (5, 16)), torch.randint(97, (5, 16))
+    logits = hf(idx).logits
+    assert (model(idx) - logits).abs().max() <= 1e-5
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    model(idx, targets).mean().backward()
+    theirs = ARCHITECTURES[hf.config.model_type][1](model, {key: p.grad for key, p in hf.named_parameters()})
+    for key, p in model.named_parameters():
+        assert (p.grad - theirs[key]).abs().max() <= 1e-5 < p.grad.abs().max(), key
+
+
+def equal(hf, folder):
+    """Whether the network in this folder computes the logits of this one, in float32."""
+    model = load_pretrained(str(folder)).eval()
+    idx = torch.randint(97, (5, 16))
+    with torch.no_grad():
+        return {p.dtype for p in model.parameters()} == {torch.float32} and (model(idx) - hf(idx).logits).abs().max() <= 1e-5
+
+
+def test_pytorch_model_bin(tmp_path):
+    """As older repositories have it."""
+    hf = make(tmp_path, 'gpt2')
+    torch.save(hf.state_dict(), tmp_path / 'pytorch_model.bin')
+    (tmp_path / 'model.safetensors').unlink()
+    assert equal(hf, tmp_path)
+
+
+def test_config_of_older_transformers(tmp_path):
+    """Which had rope_theta by itself."""
+    hf = make(tmp_path, 'qwen3')
+    edit(tmp_path, rope_parameters=None, rope_theta=5e5)
+    assert equal(hf, tmp_path)
+
+
+def test_shards(tmp_path):
+    hf = make(tmp_path, 'qwen3', max_shard_size='20KB')
+    shards = list(tmp_path.glob('*.safetensors'))
+    assert len(shards) > 2 and equal(hf, tmp_path)
+    shards[0].unlink()
+    assert 'weights do not fit' in exit_line(load_pretrained, str(tmp_path))
+
+
+def test_bf16(tmp_path):
+    """Weights saved in bf16 are loaded in fp32, each as it is."""
+    make(tmp_path / 'fp32', 'llama').bfloat16().save_pretrained(tmp_path / 'bf16')
+    assert equal(transformers.LlamaForCausalLM.from_pretrained(tmp_path / 'bf16', dtype=torch.float32), tmp_path / 'bf16')
+
+
+@pytest.mark.parametrize('name, entries, names', [
+    ('qwen3', {'model_type': 'mistral'}, ['mistral', 'gpt2, llama, qwen3']),
+    ('llama', {'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 8.0}}, ["'rope_type': 'llama3'"]),
+    ('llama', {'rope_parameters': None, 'rope_scaling': {'type': 'linear', 'factor': 2.0}}, ["'rope_type': 'linear'"]),
+    ('qwen3', {'attention_bias': True}, ["'attention_bias': True"]),
+    ('llama', {'mlp_bias': True}, ["'mlp_bias': True"]),
+    ('qwen3', {'use_sliding_window': True}, ["'use_sliding_window': True"]),
+    ('llama', {'hidden_act': 'gelu'}, ["'hidden_act': 'gelu'"]),
+    ('gpt2', {'activation_function': 'relu'}, ['relu']),
+    ('gpt2', {'scale_attn_weights': False}, ["'scale_attn_weights': False"]),
+    ('gpt2', {'tie_word_embeddings': False}, ["'tie_word_embeddings': False"]),
+    ('gpt2', {'scale_attn_by_inverse_layer_idx': True}, ["'scale_attn_by_inverse_layer_idx': True"]),
+    ('llama', {'hidden_size': None}, ['config.json', 'damaged', 'hidden_size']),
+    ('llama', {'hidden_size': 'wide'}, ['config.json', 'damaged']),
+    ('llama', {'vocab_size': -1}, ['config.json', 'damaged']),
+    ('gpt2', {'n_head': 0}, ['config.json', 'damaged']),
+    ('gpt2', {'n_embd': 8.5}, ['config.json', 'damaged']),
+    ('llama', {'hidden_size': 64}, ['weights do not fit', 'transformer.wte.weight', '(97, 32)', '(97, 64)']),
+    ('llama', {'num_hidden_layers': 3}, ['weights do not fit', 'model.layers.2.']),
+], ids=str)
+def test_what_the_config_says_is_heeded(name, entries, names, tmp_path):
+    """An architecture that is not to be had, entries that change the network, and those that are damaged: one line that names them."""
+    make(tmp_path, name)
+    edit(tmp_path, **entries)
+    line = exit_line(load_pretrained, str(tmp_path))
+    assert str(tmp_path) in line and all(name in line for name in names), line
+
+
+@pytest.mark.parametrize('content', [b'', b'[]', b'{"model_type": "qwen3"', b'{}\xff'])
+def test_damaged_config(content, tmp_path):
+    (tmp_path / 'config.json').write_bytes(content)
+    assert str(tmp_path / 'config.json') in exit_line(load_pretrained, str(tmp_path))
+
+
+def drop(state):
+    del state['model.layers.1.mlp.up_proj.weight']
+
+
+def replace(key, *shape):
+    return lambda state: state.update({key: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize('spoil, names', [
+    (drop, ['model.layers.1.mlp.up_proj.weight']),
+    (replace('model.layers.1.mlp.up_proj.weight', 47, 32), ['transformer.h.1.mlp.c_fc.weight']),
+    (replace('model.norm.weight', 1), ['transformer.ln_f.weight', '(1,)', '(32,)']),
+], ids=['missing', 'stacked', 'one that would be broadcast'])
+def test_weights_that_do_not_fit(spoil, names, tmp_path):
+    from safetensors.torch import load_file, save_file
+    make(tmp_path, 'qwen3')
+    state = load_file(tmp_path / 'model.safetensors')
+    spoil(state)
+    save_file(state, tmp_path / 'model.safetensors')
+    line = exit_line(load_pretrained, str(tmp_path))
+    assert str(tmp_path) in line and all(name in line for name in names), line
+
+
+@pytest.mark.parametrize('kept', [0, 100, 20000])
+def test_weights_cut_off(kept, tmp_path):
+    make(tmp_path, 'qwen3')
+    path = tmp_path / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:kept])
+    assert str(path) in exit_line(load_pretrained, str(tmp_path))
+
+
+def test_fine_tuning(tiny_data, tmp_path):
+    """train.py goes on from a Qwen3's folder, then from its own checkpoint, of which sample.py samples."""
+    hf = make(tmp_path / 'qwen3', 'qwen3, tied, gqa, wide heads')
+    own = [arg for arg in TINY if not arg.startswith('--n_')]
+    args = *own, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', '--learning_rate=1e-4'
+    result = run_script('train.py', *args, f'--init_from={tmp_path / "qwen3"}', '--max_iters=2')
+    assert result.code == 0 and f'loaded {tmp_path / "qwen3"}' in result.out, result.err
+    checkpoint = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))
+    expected = {'block_size': 32, 'n_embd': 32, 'head_size': 16, 'n_kv_head': 2, 'n_inner': 48, 'rope_theta': 5e5, 'qk_norm': True, 'tied': True}
+    assert expected == {key: checkpoint['model_args'][key] for key in expected} == {key: checkpoint['config'][key] for key in expected}
+    moved = (checkpoint['model']['transformer.wte.weight'] - hf.model.embed_tokens.weight).abs().max()
+    assert 0 < moved < 1e-3  # two steps of 1e-4
+    result = run_script('train.py', *args, '--init_from=resume', '--max_iters=4')
+    assert result.code == 0 and 'at step 2' in result.out, result.err
+    assert [step for step, _ in losses_of(tmp_path / 'out')] == [0, 1, 2, 3]
+    result = run_script('sample.py', f'--out_dir={tmp_path / "out"}', '--device=cpu', '--start=one', '--num_samples=1', '--max_new_tokens=5')
+    assert result.code == 0 and '\none' in result.out, result.err
+
+
+def test_fine_tuning_gpt2(tmp_path):
+    """The real vocabulary's tokens, in a folder that has nothing but them."""
+    torch.manual_seed(5)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50257, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / 'gpt2')
+    data = tmp_path / 'data'
+    data.mkdir()
+    for i, split in enumerate(('train', 'val')):
+        np.random.default_rng(i).integers(0, 50257, 500).astype('<u2').tofile(data / f'{split}.bin')
+    result = run_script('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', f'--init_from={tmp_path / "gpt2"}', '--max_iters=2')
+    assert result.code == 0 and f'loaded {tmp_path / "gpt2"}' in result.out, result.err
+    args = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))['model_args']
+    assert args['block_size'] == 32 and args['activation'] == 'gelu_tanh' and args['n_embd'] == 16
