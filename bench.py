@@ -5,6 +5,7 @@ How fast: the steps of any configuration, and what stands in docs/RECORDS.md, me
     python bench.py config/train_shakespeare_char.py --nanogpt=../nanoGPT       # and nanoGPT's with the same settings, in turn
     python bench.py config/train_shakespeare_char.py --profile                  # a trace, and the ten most expensive operations
     python bench.py --nanogpt=../nanoGPT       # nanoGPT's laptop command, whole, in nanoGPT's folder and in ours, in turn
+    python bench.py --nanogpt=../nanoGPT --ours='config/train_shakespeare_char_cpu.py --max_iters=150'   # there, and this one here
     python bench.py --what=attention           # the two ways to compute attention on this CPU, forward and backward
     python bench.py --what=prepare --text=big.txt --tokenizer=qwen2     # text to shards, beside tiktoken's own encode_ordinary_batch
 
@@ -35,6 +36,7 @@ what = ''  # 'steps': of train.py; 'laptop': a whole command beside nanoGPT's; '
 steps = 20  # that are timed, after two that are not; the median counts
 seconds = 60.0  # or as many as start in this time, but at least 3
 nanogpt = ''  # a folder with nanoGPT; for 'laptop' with its prepared data/shakespeare_char
+ours = ''  # for 'laptop': what train.py gets here, where that is not the same
 runs = 3  # of each, where two are compared; the median counts
 profile = False  # write a trace of three steps, and print where their time went
 trace = 'trace.json'  # this is the file; chrome://tracing and https://ui.perfetto.dev show it
@@ -54,7 +56,7 @@ while _rest:
 sys.argv = _own
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-LAPTOP = ('train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 '
+LAPTOP = ('config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 '
           '--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0').split()
 
 # what one would write without us: pieces of a quarter of a million characters, as many threads as cores, one file
@@ -189,14 +191,23 @@ elif what == 'laptop':
     folders = {'nanoGPT': nanogpt, 'StoneGPT': ROOT}
     if not nanogpt or not os.path.exists(os.path.join(nanogpt, 'data', 'shakespeare_char', 'train.bin')):
         sys.exit(f'nanogpt={nanogpt}: expected a folder with nanoGPT whose data/shakespeare_char is prepared')
-    times = {name: [] for name in folders}
+    times, loops = {name: [] for name in folders}, {name: [] for name in folders}
     with tempfile.TemporaryDirectory() as out:
         for _ in range(runs):
             for name, folder in folders.items():
-                command = [sys.executable, *LAPTOP, f'--out_dir={os.path.join(out, name)}']
-                times[name].append(duration(lambda: subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)))
-                print(f'{name}: {times[name][-1]:.1f} s', flush=True)
+                arguments = ours.split() if ours and folder == ROOT else LAPTOP
+                t0, begun = time.perf_counter(), None
+                command = [sys.executable, '-u', 'train.py', *arguments, f'--out_dir={os.path.join(out, name)}']
+                with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, encoding='utf-8') as process:
+                    for line in process.stdout:
+                        begun = begun or (time.perf_counter() if line.startswith('step 0:') else None)  # imported, compiled, evaluated once
+                if process.returncode:
+                    sys.exit(f'{folder}: train.py {" ".join(arguments)} ended with {process.returncode}')
+                times[name].append(time.perf_counter() - t0)
+                loops[name].append(time.perf_counter() - begun)
+                print(f'{name}: {times[name][-1]:.1f} s, from the first step on {loops[name][-1]:.1f} s', flush=True)
     print_ratios('ratio of each pair', times['StoneGPT'], times['nanoGPT'])
+    print_ratios('from the first step on', loops['StoneGPT'], loops['nanoGPT'])
 elif what == 'attention':
     setup('cpu', training=True)
     print('B x nh x T x hs        dtype      fused ms   plain ms   (forward and backward)')

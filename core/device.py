@@ -130,20 +130,28 @@ def all_reduce(numbers, run):
 
 
 def compile_or_not(model, rows, T, run):
-    """torch.compile, tried out on one batch (rows, T); the model itself, with a warning, where that does not work (no C++ compiler, no Triton)."""
-    print('compiling the model... (takes about a minute; --compile=False starts at once)', flush=True)
+    """torch.compile, tried out on one batch (rows, T); the model itself, with one warning, where that does not work (no C++ compiler, no Triton)
+    or computes nonsense."""
+    if run.device_type == 'cpu' and run.dtype == 'bfloat16' and model.config.rope_theta and model.config.head_size % 64 == 0:
+        print('warning: not compiled: for RoPE on heads of 64 or 128 channels in bfloat16 on a CPU, torch.compile computes wrong gradients (seen with '
+              'PyTorch 2.13); heads of 32 or 96 are fine (--head_size=32)')
+        return model
+    print('compiling the model... (takes about a minute, the next time some seconds; --compile=False starts at once)', flush=True)
     try:
         compiled = torch.compile(model)
-        idx = torch.zeros(rows, T, dtype=torch.int64, device=run.device)
+        idx = torch.arange(rows * T, device=run.device).view(rows, T) % model.config.vocab_size
         with run.ctx():
-            compiled(idx, idx.clone()).sum().backward()  # one tensor for both would be compiled as such
-        model.zero_grad(set_to_none=True)
+            compiled(idx, idx.clone()).mean().backward()  # one tensor for both would be compiled as such
+        if not all(p.grad.isfinite().all() for p in model.parameters()):
+            raise ArithmeticError('its gradients are not finite')
         return compiled
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         print(f'warning: torch.compile does not work here ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]}); going on without it')
         return model
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 def warn_if_slow(flops, run):

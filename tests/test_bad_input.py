@@ -93,6 +93,8 @@ def own_data(tiny_data, tmp_path):
     (['--device=tpu'], ['device=tpu', 'cpu']),
     (['--dtype=int8'], ['dtype=int8', 'float32']),
     (['--dtype=float16'], ['dtype=float16', 'bfloat16']),
+    (['--n_layer=100', '--n_embd=16384', '--n_head=1'], ['GB', 'weights and optimizer', '--n_layer or --n_embd']),
+    (['--batch_size=1000000000'], ['GB', '--batch_size', '--gradient_checkpointing=True']),
     (['--objective=previous_token'], ['previous_token', 'objectives/']),
 ], ids=str)
 def test_settings(tiny_data, tmp_path, args, names):

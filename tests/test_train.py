@@ -225,6 +225,22 @@ def test_compile_falls_back(tiny_data, tmp_path, monkeypatch):
     assert losses_of(tmp_path / 'a') == losses_of(tmp_path / 'b')
 
 
+def test_nonsense_is_not_compiled(tiny_data, tmp_path, monkeypatch):
+    """A compiled network without finite gradients is left alone, and so is what PyTorch is known to compile wrongly."""
+    class Broken(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, *batch):
+            return self.model(*batch) * float('nan')
+    monkeypatch.setattr(torch, 'compile', Broken)
+    out = train(tiny_data, tmp_path / 'a', '--compile=True')
+    assert out.count('gradients are not finite') == 1 and 'best validation loss' in out
+    out = train(tiny_data, tmp_path / 'b', '--compile=True', '--dtype=bfloat16', '--rope_theta=10000', '--head_size=64', '--max_iters=1')
+    assert out.count('not compiled') == 1 and 'not finite' not in out
+
+
 @pytest.mark.slow
 def test_compile_gives_the_same_losses(tiny_data, tmp_path):
     out = train(tiny_data, tmp_path / 'a', '--compile=True')
