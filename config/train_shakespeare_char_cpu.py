@@ -22,6 +22,7 @@ rope_theta = 10000.0  # rotary positions: the greatest part of the gain
 norm = 'rmsnorm'
 activation = 'swiglu'
 qk_norm = True
+tied = False  # a head of its own costs little with so few letters, and learns faster
 
 optimizer = 'muon'
 learning_rate = 2e-2  # of the embeddings: the norms keep everything in scale, so they bear much
@@ -31,7 +32,7 @@ max_iters = 600
 lr_decay_iters = -1  # equal to max_iters
 warmup_iters = 0  # the norms make it unnecessary
 schedule = 'wsd'
-cooldown = 0.5
+cooldown = 0.8  # a long decay: shorter ones end higher
 beta2 = 0.95
 
 compile = False  # a newcomer's machine may have no C++ compiler, and a minute does not earn the time back
