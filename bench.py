@@ -5,7 +5,7 @@ How fast: the steps of any configuration, and what stands in docs/RECORDS.md, me
     python bench.py config/train_shakespeare_char.py --nanogpt=../nanoGPT       # and nanoGPT's with the same settings, in turn
     python bench.py config/train_shakespeare_char.py --profile                  # a trace, and the ten most expensive operations
     python bench.py --nanogpt=../nanoGPT       # nanoGPT's laptop command, whole, in nanoGPT's folder and in ours, in turn
-    python bench.py --nanogpt=../nanoGPT --ours='config/train_shakespeare_char_cpu.py --max_iters=150'   # there, and this one here
+    python bench.py --nanogpt=../nanoGPT --ours='config/train_shakespeare_char_cpu.py --max_iters=110'   # there, and this one here
     python bench.py --what=attention           # the two ways to compute attention on this CPU, forward and backward
     python bench.py --what=prepare --text=big.txt --tokenizer=qwen2     # text to shards, beside tiktoken's own encode_ordinary_batch
 
