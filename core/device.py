@@ -139,9 +139,9 @@ def compile_or_not(model, rows, T, run):
     print('compiling the model... (takes about a minute, the next time some seconds; --compile=False starts at once)', flush=True)
     try:
         compiled = torch.compile(model)
-        idx = torch.arange(rows * T, device=run.device).view(rows, T) % model.config.vocab_size
+        row = torch.arange(rows * (T + 1), device=run.device).view(rows, T + 1) % model.config.vocab_size
         with run.ctx():
-            compiled(idx, idx.clone()).mean().backward()  # one tensor for both would be compiled as such
+            compiled(row[:, :-1], row[:, 1:]).mean().backward()  # laid out like a batch: for other strides it would be compiled once more
         if not all(p.grad.isfinite().all() for p in model.parameters()):
             raise ArithmeticError('its gradients are not finite')
         return compiled

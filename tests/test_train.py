@@ -243,9 +243,11 @@ def test_nonsense_is_not_compiled(tiny_data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_compile_gives_the_same_losses(tiny_data, tmp_path):
+    graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
     out = train(tiny_data, tmp_path / 'a', '--compile=True')
     if 'does not work here' in out:
         pytest.skip('no compiler here')
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] - graphs == 1  # tried out with a batch like those that follow
     train(tiny_data, tmp_path / 'b')
     assert [x for _, x in losses_of(tmp_path / 'a')] == pytest.approx([x for _, x in losses_of(tmp_path / 'b')], abs=1e-5)
 
