@@ -38,7 +38,7 @@ log_interval = 1  # print and log every so many steps
 eval_iters = 200  # evaluate on eval_iters * batch_size evenly spaced windows of each split; -1: on all of the validation split, and as much of the other
 eval_only = False  # evaluate once, then stop
 always_save_checkpoint = True  # sample from the last checkpoint; False: from the one with the best validation loss
-init_from = 'scratch'  # 'scratch', 'resume' (the run in out_dir), 'gpt2' (-medium, -large, -xl), a checkpoint, a run's or a GPT-2's folder
+init_from = 'scratch'  # 'scratch', 'resume' (the run in out_dir), 'gpt2' (-medium, -large, -xl), a checkpoint, a run's folder, or a GPT-2, Llama or Qwen3 (folder or hub)
 seed = 1337  # of the weights, the batches and dropout
 # logging, beside out_dir/log.csv
 wandb_log = False  # to wandb; offline where nobody is logged in
@@ -137,7 +137,7 @@ out_dir = os.path.expanduser(out_dir)
 if init_from == 'resume':
     out_dir = find(out_dir)
 
-# --- model: new, from a checkpoint, or from GPT-2's weights
+# --- model: new, from a checkpoint, or from the weights of a GPT-2, Llama or Qwen3
 iter_num, best_val_loss, checkpoint = 0, float('inf'), None
 GPT.gradient_checkpointing = gradient_checkpointing
 shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm', 'tied', 'n_kv_head', 'head_size', 'n_inner')

@@ -1,4 +1,4 @@
-# Laid over another config: Qwen3's network instead of GPT-2's, and Muon. It learns much faster, and runs wherever Qwen3 runs.
+# Laid over another config: Qwen3's network instead of GPT-2's, and Muon. On Shakespeare's plays it learns much faster (docs/LOG.md).
 # python train.py config/train_hongloumeng_char.py config/laptop.py config/qwen3.py
 
 rope_theta = 10000.0  # rotary positions instead of learned ones: the greatest part of the gain
