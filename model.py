@@ -44,7 +44,9 @@ class GPTConfig:
 
 NORMS = ('layernorm', 'rmsnorm')
 ACTIVATIONS = ('gelu', 'gelu_tanh', 'swiglu')
-LOGITS = 2**26  # as many logits are held at once: 256 MB in fp32
+BLOCK = 256  # queries that attention on a CPU takes at a time
+PART = 2**22  # logits in fp32 at a time, eagerly on a CPU: as many as its cache holds; elsewhere 32 times as many
+KEPT = 2**30  # bytes of the logits' gradients that are kept for the backward pass; on CUDA four times as many
 
 
 class LayerNorm(nn.Module):
@@ -88,25 +90,83 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+@torch.library.custom_op('stonegpt::kept', mutates_args=(), tags=torch.Tag.nondeterministic_seeded)  # torch.compile leaves it as it is
+def kept(x: torch.Tensor, p: float) -> torch.Tensor:
+    """What dropout multiplies x by, for CPUs: from a random byte for each number (so p is the nearest multiple of 1/256), in a tenth of the time that F.dropout's
+    random doubles take (docs/RECORDS.md)."""
+    dropped = round(256 * p)
+    noise = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:x.numel()].view(x.shape)
+    return noise.ge_(dropped).to(x.dtype).mul_(256 / (256 - dropped))
+
+
+@kept.register_fake
+def _(x, p):
+    return x.new_empty(x.shape)
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return x * kept(x.detach(), self.p) if self.training and self.p and x.device.type == 'cpu' else super().forward(x)
+
+
+class BlockAttention(torch.autograd.Function):
+    """
+    Causal attention of queries, keys and values (N, T, hs) in plain operations, BLOCK queries at a time: what they cannot see is not computed, and
+    over a long context no weights are held, but computed again in the backward pass (Dao et al. 2022: https://arxiv.org/abs/2205.14135).
+    """
+
+    @staticmethod
+    def weights(q, k, i, j):
+        """Of queries i to j, on the keys before j: (N, j - i, j)."""
+        future = q.new_full((j - i, j), float('-inf')).triu(i + 1)
+        return torch.baddbmm(future, q[:, i:j], k[:, :j].transpose(1, 2), alpha=1 / math.sqrt(q.size(2))).softmax(dim=-1)
+
+    @staticmethod
+    def forward(ctx, q, k, v, dropout):
+        y, held, factors = torch.empty_like(q), [], []
+        ctx.blocks = [(i, min(i + BLOCK, q.size(1))) for i in range(0, q.size(1), BLOCK)]
+        for i, j in ctx.blocks:
+            att = BlockAttention.weights(q, k, i, j)
+            if len(ctx.blocks) <= 2:
+                held.append(att)
+            if dropout:
+                factors.append(kept(att, dropout))
+                att = att * factors[-1]
+            y[:, i:j] = att @ v[:, :j]
+        ctx.save_for_backward(q, k, v, *held, *factors)
+        ctx.held = len(held)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, *rest = ctx.saved_tensors
+        held, factors = rest[:ctx.held], rest[ctx.held:]
+        dq, dk, dv, scale = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), 1 / math.sqrt(q.size(2))
+        for n, (i, j) in enumerate(ctx.blocks):
+            att = held[n] if held else BlockAttention.weights(q, k, i, j)
+            datt = dy[:, i:j] @ v[:, :j].transpose(1, 2)
+            dv[:, :j] += (att * factors[n] if factors else att).transpose(1, 2) @ dy[:, i:j]
+            datt = torch._softmax_backward_data(datt.mul_(factors[n]) if factors else datt, att, -1, att.dtype)  # now of the scores
+            dq[:, i:j] = (datt @ k[:, :j]).mul_(scale)
+            dk[:, :j].add_(datt.transpose(1, 2) @ q[:, i:j], alpha=scale)
+        return dq, dk, dv, None
+
+
 def attention(q, k, v, dropout=0.0, plain=None):
     """
     Causal softmax attention: queries (nh, B, T, hs), keys and values (nkv, B, T, hs) -> (nh, B, T, hs).
-    By PyTorch's fused kernel, but for one corner that measurements mark out (docs/RECORDS.md): on CPUs its backward is 1.5 to 5 times slower
-    in bf16 than three plain operations, up to T of about 512. `plain` overrules that.
+    By PyTorch's fused kernel, except in a corner that measurements mark out (docs/RECORDS.md): on CPUs it is 1.3 to 5 times slower in bf16, or
+    with dropout, than plain operations. `plain` overrules that.
     """
     nh, B, T, hs = q.shape
     if len(k) < nh:
         k, v = (x.repeat_interleave(nh // len(k), dim=0) for x in (k, v))  # grouped-query attention: neighbours share
     if plain is None:
-        plain = q.device.type == 'cpu' and q.dtype == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
-    if not plain:
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(0, 1)
-    q, k, v = (x.reshape(nh * B, T, hs) for x in (q, k, v))
-    future = q.new_full((T, T), float('-inf')).triu(1)
-    att = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs))  # (nh * B, T, T)
-    att = F.dropout(F.softmax(att, dim=-1), dropout)
-    return (att @ v).view(nh, B, T, hs)
+        plain = q.device.type == 'cpu' and (q.dtype == torch.bfloat16 or dropout > 0)
+    if plain:
+        return BlockAttention.apply(*(x.reshape(nh * B, T, hs) for x in (q, k, v)), dropout).view(nh, B, T, hs)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(0, 1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -118,7 +178,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
 
     def forward(self, x, rope):
         B, T, C = x.shape
@@ -139,7 +199,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, (1 + self.swiglu) * config.n_inner, bias=config.bias)  # SwiGLU's gate and values in one product
         self.gelu = nn.GELU('tanh' if config.activation == 'gelu_tanh' else 'none')
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         x = self.c_fc(x)
@@ -165,9 +225,47 @@ class Block(nn.Module):
         return x
 
 
-def token_losses(x, weight, targets):
-    """Cross-entropy in nats (N,) of activations (N, C) by the head's matrix (V, C) for targets (N,), 0 where the target is -1."""
-    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction='none')
+def losses_and_gradients(x, weight, targets):
+    """Cross-entropies (N,) of activations (N, C) by the head's matrix (V, C) for targets (N,), and their gradients to the logits (N, V)."""
+    losses, logits = x.new_empty(len(x), dtype=torch.float32), x @ weight.t()  # (N,), (N, V)
+    rows = max(1, PART * (1 if x.device.type == 'cpu' and not torch.compiler.is_compiling() else 32) // len(weight))
+    for part, wanted, loss in zip(logits.split(rows), targets.split(rows), losses.split(rows)):
+        wanted = wanted.clamp(min=0)[:, None]  # (n, 1)
+        probs = part.softmax(dim=-1, dtype=torch.float32)  # (n, V)
+        loss.copy_(part.amax(dim=-1) - probs.amax(dim=-1).log() - part.gather(1, wanted).squeeze(1))  # log of the sum of all exp(logits), less the target's
+        part.copy_(probs.scatter_add_(1, wanted, probs.new_full(wanted.shape, -1.0)))
+    return losses, logits
+
+
+class TokenLosses(torch.autograd.Function):
+    """
+    Cross-entropy in nats (N,) of activations (N, C) by the head's matrix (V, C) for targets (N,), 0 where the target is -1.
+    With many tokens and a large vocabulary the logits are the largest thing in memory. So never all of them are held in fp32, and the backward pass
+    finds their gradients in their place, in the precision of x; where these would be too large, they are computed some rows at a time, and again there.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        ctx.rows = max(1, KEPT * (4 if x.is_cuda else 1) // (len(weight) * x.element_size()))
+        losses = []
+        for part, wanted in zip(x.split(ctx.rows), targets.split(ctx.rows)):
+            loss, gradient = losses_and_gradients(part, weight, wanted)
+            losses.append(loss)
+        ctx.save_for_backward(x, weight, targets, *([gradient] if len(losses) == 1 else []))
+        return torch.cat(losses).masked_fill_(targets < 0, 0.0)
+
+    @staticmethod
+    def backward(ctx, factors):
+        """Each loss counts with a factor, which is one of its row in either product."""
+        x, weight, targets, *gradients = ctx.saved_tensors
+        factors = factors.masked_fill(targets < 0, 0.0)[:, None]  # (N, 1)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        for i in range(0, len(x), ctx.rows):
+            some = slice(i, i + ctx.rows)
+            gradient = gradients[0] if gradients else losses_and_gradients(x[some], weight, targets[some])[1]  # (n, V)
+            dx[some] = (gradient @ weight).float().mul_(factors[some])
+            dweight += gradient.t() @ (x[some].float() * factors[some]).to(x.dtype)
+        return dx, dweight.to(weight.dtype), None
 
 
 class GPT(nn.Module):
@@ -179,7 +277,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **({} if config.rope_theta else {'wpe': nn.Embedding(config.block_size, config.n_embd)}),
-            drop=nn.Dropout(config.dropout),
+            drop=Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=new_norm(config),
         ))
@@ -215,20 +313,14 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """
         Token ids (B, T) -> logits (B, T, V); given targets (B, T) -> the loss of each, in nats (B, T), 0 where the target is -1.
-        Losses per token, not their mean: who calls decides over what to average. With many tokens and a large vocabulary the logits are
-        computed chunk by chunk, and again in the backward pass: all of them would be the largest thing in memory.
+        Losses per token, not their mean: who calls decides over what to average.
         """
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)  # (B, T, V)
-        x, targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
-        rows = max(1, LOGITS // self.config.vocab_size)
-        if len(x) <= rows:
-            losses = token_losses(x, self.lm_head.weight, targets)
-        else:
-            losses = torch.cat([checkpoint(token_losses, part, self.lm_head.weight, wanted, use_reentrant=False)
-                                for part, wanted in zip(x.split(rows), targets.split(rows))])
-        return losses.view(idx.shape)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return TokenLosses.apply(x.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype), targets.flatten()).view(idx.shape)
 
     def matrices(self):
         """What Muon is for: the matrices of the blocks, each with the rows of those that are stacked in it, [(parameter, [rows, ...])]."""

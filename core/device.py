@@ -1,6 +1,7 @@
 """Device, precision, seeds and processes: set up once, for every script."""
 import ctypes
 import os
+import platform
 import re
 import shutil
 import signal
@@ -19,9 +20,16 @@ PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756
 
 
 def fast_bf16_cpu():
-    """Whether this CPU has AMX, which multiplies bf16 matrices 3 to 4 times as fast as AVX512 does fp32 ones. AVX512-BF16 alone is
-    slower than fp32 for small networks (docs/LOG.md), and elsewhere bf16 is emulated."""
-    return torch.cpu._is_amx_tile_supported()
+    """Whether this CPU multiplies bf16 matrices faster than fp32 ones: with AMX 3 to 4 times as fast, by AMD's AVX512-BF16 (Zen 4 and later) twice.
+    Intel's AVX512-BF16 without AMX is slower than fp32 for small networks (docs/LOG.md), and elsewhere bf16 is emulated."""
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            amd = 'AuthenticAMD' in f.read(1000)
+    except OSError:  # not Linux
+        amd = 'AuthenticAMD' in platform.processor()
+    return amd and torch.cpu._is_avx512_bf16_supported()
 
 
 def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False):
@@ -193,7 +201,7 @@ def tune_malloc():
     try:
         libc = ctypes.CDLL('libc.so.6')
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: now all comes from the heap
+        libc.mallopt(-3, 2**29)  # M_MMAP_THRESHOLD: now all but the logits of a large vocabulary comes from the heap, which they would tear
         libc.malloc.restype = ctypes.c_void_p
         heap, size, huge = libc.malloc(ctypes.c_size_t(2**28)), 2**28, 2**21
         libc.madvise(ctypes.c_void_p(-(-heap // huge) * huge), ctypes.c_size_t(size - huge), 14)  # MADV_HUGEPAGE

@@ -67,7 +67,7 @@ def test_state_dict_has_nanogpts_names():
                      *(f'transformer.h.{i}.{part}' for i in range(3) for part in block)}
 
 
-@pytest.mark.parametrize('T', [5, 64, 512])
+@pytest.mark.parametrize('T', [5, 64, 512, 700])  # one block, two, and three, of which the weights are computed twice
 def test_plain_attention_equals_the_fused_kernel(T):
     """Values and gradients of the bf16 path on CPUs against fp32."""
     torch.manual_seed(3)
@@ -80,6 +80,40 @@ def test_plain_attention_equals_the_fused_kernel(T):
     z.backward(g.bfloat16())
     for a, b in zip((y, *(x.grad for x in wide)), (z, *(x.grad for x in narrow))):
         assert (a - b.float()).norm() / a.norm() < 1e-2
+
+
+@pytest.mark.parametrize('T', [5, 20, 40])
+def test_dropout_in_attention(T, monkeypatch):
+    """Values and gradients, in blocks of 16, against softmax, the same factors and a product, written out in fp64."""
+    monkeypatch.setattr(model_file, 'BLOCK', 16)
+    torch.manual_seed(3)
+    q, k, v, g = torch.randn(4, 1, 2, T, 8, dtype=torch.float64)
+    factors, drawn = [], model_file.kept
+    monkeypatch.setattr(model_file, 'kept', lambda x, p: factors.append(drawn(x, p)) or factors[-1])
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    y = attention(*inputs, dropout=0.5)
+    whole = torch.cat([F.pad(x, (0, T - x.size(2))) for x in factors], dim=1)  # (2, T, T)
+    assert set(whole.unique().tolist()) == {0.0, 2.0}
+    again = [x.clone().requires_grad_() for x in (q, k, v)]
+    scores = (again[0] @ again[1].transpose(2, 3) / 8**0.5).masked_fill(torch.ones(T, T).triu(1) > 0, float('-inf'))
+    z = (scores.softmax(-1) * whole) @ again[2]
+    for a, b in zip((y, *torch.autograd.grad(y, inputs, g)), (z, *torch.autograd.grad(z, again, g))):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('p', [0.1, 0.2, 0.5])
+def test_dropout(p):
+    """As many numbers as asked for become zero, the mean stays, which ones depends on the seed alone, and the gradient is the same factors."""
+    layer, x = model_file.Dropout(p), torch.ones(999, 1001, requires_grad=True)
+    torch.manual_seed(1)
+    y = layer(x)
+    y.sum().backward()
+    assert abs((y == 0).float().mean() - p) < 0.002 + 1 / 512 and abs(y.mean() - 1) < 0.003
+    assert torch.equal(x.grad, y) and len(y.unique()) == 2
+    assert abs((y[:, :-1] * y[:, 1:]).mean() - 1) < 0.008 and abs((y[:-1] * y[1:]).mean() - 1) < 0.008  # neighbours are independent
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), y) and not torch.equal(layer(x), y)
+    assert layer.eval()(x) is x
 
 
 def test_rotary_positions():
@@ -117,43 +151,61 @@ def batch(vocab_size, B=4, T=16):
     return idx, targets
 
 
+HEAD = {'whole': {}, 'in parts': {'PART': 7 * 97 + 5}, 'twice': {'PART': 7 * 97 + 5, 'KEPT': 20 * 97 * 4}}
+
+
 @STYLES
 @pytest.mark.parametrize('autocast', [False, True], ids=['fp32', 'bf16'])
-def test_the_loss_in_chunks(style, autocast, monkeypatch):
-    """64 tokens, some masked, 7 at a time: the same losses and gradients."""
+@pytest.mark.parametrize('limits', HEAD.values(), ids=HEAD)
+def test_losses_against_cross_entropy(style, autocast, limits, monkeypatch):
+    """64 tokens, some masked, each with a factor of its own: the losses and gradients of F.cross_entropy on the logits, however they are computed."""
+    for name, limit in limits.items():
+        monkeypatch.setattr(model_file, name, limit)
     torch.manual_seed(6)
     model = GPT(GPTConfig(**style))
     idx, targets = batch(97)
     targets[1, 3:12] = -1
+    factors = torch.rand(targets.shape)
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-        whole = losses_and_gradients(model, idx, targets)
-        monkeypatch.setattr(model_file, 'LOGITS', 7 * 97 + 5)
-        chunks = losses_and_gradients(model, idx, targets)
-    assert (chunks['losses'][1, 3:12] == 0).all() and chunks['losses'].dtype == torch.float32
-    for name in whole:
-        assert (whole[name] - chunks[name]).norm() <= (1e-2 if autocast else 1e-6) * whole[name].norm(), name
+        losses = model(idx, targets)
+        expected = F.cross_entropy(model(idx).float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='none').view(targets.shape)
+    assert (losses[1, 3:12] == 0).all() and losses.dtype == torch.float32
+    assert (losses - expected).norm() <= (1e-4 if autocast else 1e-6) * expected.norm()
+    gradients, wanted = (torch.autograd.grad((x * factors).sum(), list(model.parameters())) for x in (losses, expected))
+    for a, b in zip(gradients, wanted):
+        assert (a - b).norm() <= (1e-2 if autocast else 2e-6) * b.norm()
+
+
+def test_a_loss_beyond_the_smallest_probability():
+    """exp(-300) is 0 in fp32, the loss still 300."""
+    x, weight = torch.eye(2), torch.tensor([[300.0, 0.0], [0.0, 1.0]])
+    assert model_file.TokenLosses.apply(x, weight, torch.tensor([1, 1])).tolist() == pytest.approx([300.0, 0.3132617])
 
 
 class Largest(TorchDispatchMode):
-    """Notes the elements of the largest tensor that any operation returns."""
-    numel = 0
+    """Notes the elements of the largest tensor that any operation returns, and of the largest in fp32."""
+    numel = fp32 = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(x, torch.Tensor):
                 self.numel = max(self.numel, x.numel())
+                self.fp32 = max(self.fp32, x.numel() * (x.dtype == torch.float32))
         return result
 
 
-@pytest.mark.parametrize('rows', [4, 64])
-def test_the_loss_in_chunks_needs_no_more_logits(rows, monkeypatch):
-    """In the forward pass and in the backward pass: of 64 tokens, 4 at a time, none as large as all logits; all at once, just these."""
-    monkeypatch.setattr(model_file, 'LOGITS', rows * 1000)
+@pytest.mark.parametrize('kept', [True, False])
+def test_never_all_logits_in_fp32(kept, monkeypatch):
+    """In the forward pass and in the backward pass: of 64 tokens, 4 at a time; and where keeping their gradients in bf16 is too much, not even these."""
+    monkeypatch.setattr(model_file, 'PART', 4 * 1000)
+    if not kept:
+        monkeypatch.setattr(model_file, 'KEPT', 8 * 1000 * 2)
     model = GPT(GPTConfig(**{**TINY, 'vocab_size': 1000}))
-    with Largest() as seen:
+    with Largest() as seen, torch.autocast('cpu', torch.bfloat16):
         losses_and_gradients(model, *batch(1000))
-    assert seen.numel == (1000 * 32 if rows == 4 else 64 * 1000)  # the embedding, or the logits
+    assert seen.fp32 == 1000 * 32  # the embedding
+    assert seen.numel == (64 * 1000 if kept else 1000 * 32)
 
 
 @STYLES
