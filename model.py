@@ -90,23 +90,25 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-@torch.library.custom_op('stonegpt::kept', mutates_args=(), tags=torch.Tag.nondeterministic_seeded)  # torch.compile leaves it as it is
-def kept(x: torch.Tensor, p: float) -> torch.Tensor:
-    """What dropout multiplies x by, for CPUs: from a random byte for each number (so p is the nearest multiple of 1/256), in a tenth of the time that F.dropout's
-    random doubles take (docs/RECORDS.md)."""
-    dropped = round(256 * p)
+@torch.library.custom_op('stonegpt::dropout_factors', mutates_args=(), tags=torch.Tag.nondeterministic_seeded)  # torch.compile leaves it as it is
+def dropout_factors(x: torch.Tensor, p: float) -> torch.Tensor:
+    """
+    What dropout multiplies x by, for CPUs: from a random byte for each number, so the nearest multiple of 1/256 to p is dropped, in a tenth of the
+    time that F.dropout's random doubles take (docs/LOG.md).
+    """
+    dropped = min(255, round(256 * p))
     noise = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:x.numel()].view(x.shape)
     return noise.ge_(dropped).to(x.dtype).mul_(256 / (256 - dropped))
 
 
-@kept.register_fake
+@dropout_factors.register_fake
 def _(x, p):
     return x.new_empty(x.shape)
 
 
 class Dropout(nn.Dropout):
     def forward(self, x):
-        return x * kept(x.detach(), self.p) if self.training and self.p and x.device.type == 'cpu' else super().forward(x)
+        return x * dropout_factors(x.detach(), self.p) if self.training and self.p and x.device.type == 'cpu' else super().forward(x)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -130,7 +132,7 @@ class BlockAttention(torch.autograd.Function):
             if len(ctx.blocks) <= 2:
                 held.append(att)
             if dropout:
-                factors.append(kept(att, dropout))
+                factors.append(dropout_factors(att, dropout))
                 att = att * factors[-1]
             y[:, i:j] = att @ v[:, :j]
         ctx.save_for_backward(q, k, v, *held, *factors)

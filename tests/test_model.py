@@ -88,8 +88,8 @@ def test_dropout_in_attention(T, monkeypatch):
     monkeypatch.setattr(model_file, 'BLOCK', 16)
     torch.manual_seed(3)
     q, k, v, g = torch.randn(4, 1, 2, T, 8, dtype=torch.float64)
-    factors, drawn = [], model_file.kept
-    monkeypatch.setattr(model_file, 'kept', lambda x, p: factors.append(drawn(x, p)) or factors[-1])
+    factors, drawn = [], model_file.dropout_factors
+    monkeypatch.setattr(model_file, 'dropout_factors', lambda x, p: factors.append(drawn(x, p)) or factors[-1])
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     y = attention(*inputs, dropout=0.5)
     whole = torch.cat([F.pad(x, (0, T - x.size(2))) for x in factors], dim=1)  # (2, T, T)
@@ -114,6 +114,7 @@ def test_dropout(p):
     torch.manual_seed(1)
     assert torch.equal(layer(x), y) and not torch.equal(layer(x), y)
     assert layer.eval()(x) is x
+    assert set(model_file.dropout_factors(torch.ones(10000), 0.999).unique().tolist()) == {0.0, 256.0}
 
 
 def test_rotary_positions():
