@@ -90,7 +90,7 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-@torch.library.custom_op('stonegpt::dropout_factors', mutates_args=(), tags=torch.Tag.nondeterministic_seeded)  # torch.compile leaves it as it is
+@torch.library.custom_op('stonegpt::dropout_factors', mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))  # torch.compile leaves it as it is
 def dropout_factors(x: torch.Tensor, p: float) -> torch.Tensor:
     """
     What dropout multiplies x by, for CPUs: from a random byte for each number, so the nearest multiple of 1/256 to p is dropped, in a tenth of the
