@@ -107,6 +107,8 @@ def _(x, p):
 
 
 class Dropout(nn.Dropout):
+    """nn.Dropout, on CPUs by dropout_factors."""
+
     def forward(self, x):
         return x * dropout_factors(x.detach(), self.p) if self.training and self.p and x.device.type == 'cpu' else super().forward(x)
 
@@ -253,6 +255,8 @@ class TokenLosses(torch.autograd.Function):
         for part, wanted in zip(x.split(ctx.rows), targets.split(ctx.rows)):
             loss, gradient = losses_and_gradients(part, weight, wanted)
             losses.append(loss)
+            if len(part) < len(x):
+                del gradient  # before the next part's is computed
         ctx.save_for_backward(x, weight, targets, *([gradient] if len(losses) == 1 else []))
         return torch.cat(losses).masked_fill_(targets < 0, 0.0)
 

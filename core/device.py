@@ -1,5 +1,6 @@
 """Device, precision, seeds and processes: set up once, for every script."""
 import ctypes
+import functools
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756
               'T4': 65e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
 
 
+@functools.cache  # Muon asks at every step
 def fast_bf16_cpu():
     """Whether this CPU multiplies bf16 matrices faster than fp32 ones: with AMX 3 to 4 times as fast, by AMD's AVX512-BF16 (Zen 4 and later) twice.
     Intel's AVX512-BF16 without AMX is slower than fp32 for small networks (docs/LOG.md), and elsewhere bf16 is emulated."""
@@ -201,7 +203,7 @@ def tune_malloc():
     try:
         libc = ctypes.CDLL('libc.so.6')
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**29)  # M_MMAP_THRESHOLD: now all but the logits of a large vocabulary comes from the heap, which they would tear
+        libc.mallopt(-3, 2**29)  # M_MMAP_THRESHOLD: now all but the logits of a large vocabulary comes from the heap, in which they would leave holes
         libc.malloc.restype = ctypes.c_void_p
         heap, size, huge = libc.malloc(ctypes.c_size_t(2**28)), 2**28, 2**21
         libc.madvise(ctypes.c_void_p(-(-heap // huge) * huge), ctypes.c_size_t(size - huge), 14)  # MADV_HUGEPAGE
