@@ -210,14 +210,14 @@ elif what == 'laptop':
     print_ratios('from the first step on', loops['StoneGPT'], loops['nanoGPT'])
 elif what == 'attention':
     setup('cpu', training=True)
-    print('B x nh x T x hs        dtype      fused ms   plain ms   (forward and backward)')
+    print('B x nh x T x hs        dtype     dropout   fused ms   plain ms   (forward and backward)')
     for B, nh, T, hs in ((12, 4, 64, 32), (16, 4, 128, 40), (8, 4, 256, 32), (64, 6, 256, 64), (4, 12, 512, 64), (1, 12, 1024, 64)):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype, dropout in ((torch.float32, 0.0), (torch.float32, 0.2), (torch.bfloat16, 0.0), (torch.bfloat16, 0.2)):
             x = torch.randn(3, nh, B, T, hs, dtype=dtype, requires_grad=True)  # laid out as the network lays it out
             gradient = torch.randn(nh, B, T, hs, dtype=dtype)
-            fused, plain = (median_ms(lambda: attention(*x, 0.0, plain).backward(gradient), 10 * runs if T < 256 else 2 * runs)
+            fused, plain = (median_ms(lambda: attention(*x, dropout, plain).backward(gradient), 10 * runs if T < 256 else 2 * runs)
                             for plain in (False, True))
-            print(f'{f"{B} x {nh} x {T} x {hs}":22} {str(dtype)[6:]:10} {fused:8.2f}   {plain:8.2f}', flush=True)
+            print(f'{f"{B} x {nh} x {T} x {hs}":22} {str(dtype)[6:]:10} {dropout:6} {fused:10.2f} {plain:10.2f}', flush=True)
 elif what == 'batch':
     data, generator = open_dataset('shakespeare_char'), torch.Generator()
     print(f'a batch of 12 x 64: {median_ms(lambda: next_token.load(data, "train", next_token.draw(data, 12, 64, generator), 64), 1000):.3f} ms')

@@ -90,20 +90,21 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-@torch.library.custom_op('stonegpt::dropout_factors', mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))  # torch.compile leaves it as it is
 def dropout_factors(x: torch.Tensor, p: float) -> torch.Tensor:
     """
     What dropout multiplies x by, for CPUs: from a random byte for each number, so the nearest multiple of 1/256 to p is dropped, in a tenth of the
     time that F.dropout's random doubles take (docs/LOG.md).
     """
+    if torch.compiler.is_compiling():
+        return opaque_dropout_factors(x, p)
     dropped = min(255, round(256 * p))
     noise = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:x.numel()].view(x.shape)
     return noise.ge_(dropped).to(x.dtype).mul_(256 / (256 - dropped))
 
 
-@dropout_factors.register_fake
-def _(x, p):
-    return x.new_empty(x.shape)
+# as one operator, which torch.compile leaves as it is; eagerly the first call of one takes two seconds
+opaque_dropout_factors = torch.library.custom_op('stonegpt::dropout_factors', dropout_factors, mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+opaque_dropout_factors.register_fake(lambda x, p: x.new_empty(x.shape))
 
 
 class Dropout(nn.Dropout):
@@ -159,8 +160,8 @@ class BlockAttention(torch.autograd.Function):
 def attention(q, k, v, dropout=0.0, plain=None):
     """
     Causal softmax attention: queries (nh, B, T, hs), keys and values (nkv, B, T, hs) -> (nh, B, T, hs).
-    By PyTorch's fused kernel, except in a corner that measurements mark out (docs/RECORDS.md): on CPUs it is 1.3 to 5 times slower in bf16, or
-    with dropout, than plain operations. `plain` overrules that.
+    By PyTorch's fused kernel, except in a corner that measurements mark out (docs/RECORDS.md): on CPUs it is up to 5 times as slow in bf16, or
+    with dropout, as plain operations. `plain` overrules that.
     """
     nh, B, T, hs = q.shape
     if len(k) < nh:
@@ -232,12 +233,14 @@ class Block(nn.Module):
 def losses_and_gradients(x, weight, targets):
     """Cross-entropies (N,) of activations (N, C) by the head's matrix (V, C) for targets (N,), and their gradients to the logits (N, V)."""
     losses, logits = x.new_empty(len(x), dtype=torch.float32), x @ weight.t()  # (N,), (N, V)
-    rows = max(1, PART * (1 if x.device.type == 'cpu' and not torch.compiler.is_compiling() else 32) // len(weight))
+    cached = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+    rows = max(1, PART * (1 if cached else 32) // len(weight))
     for part, wanted, loss in zip(logits.split(rows), targets.split(rows), losses.split(rows)):
         wanted = wanted.clamp(min=0)[:, None]  # (n, 1)
         probs = part.softmax(dim=-1, dtype=torch.float32)  # (n, V)
         loss.copy_(part.amax(dim=-1) - probs.amax(dim=-1).log() - part.gather(1, wanted).squeeze(1))  # log of the sum of all exp(logits), less the target's
         part.copy_(probs.scatter_add_(1, wanted, probs.new_full(wanted.shape, -1.0)))
+        del probs  # before the next part's are computed
     return losses, logits
 
 

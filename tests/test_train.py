@@ -242,14 +242,15 @@ def test_nonsense_is_not_compiled(tiny_data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compile_gives_the_same_losses(tiny_data, tmp_path):
+@pytest.mark.parametrize('settings, apart', [((), 1e-5), (('--dtype=bfloat16', '--dropout=0.2'), 0.02)], ids=['fp32', 'bf16-dropout'])
+def test_compile_gives_the_same_losses(settings, apart, tiny_data, tmp_path):
     graphs = torch._dynamo.utils.counters['stats']['unique_graphs']
-    out = train(tiny_data, tmp_path / 'a', '--compile=True')
+    out = train(tiny_data, tmp_path / 'a', '--compile=True', *settings)
     if 'does not work here' in out:
         pytest.skip('no compiler here')
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] - graphs == 1  # tried out with a batch like those that follow
-    train(tiny_data, tmp_path / 'b')
-    assert [x for _, x in losses_of(tmp_path / 'a')] == pytest.approx([x for _, x in losses_of(tmp_path / 'b')], abs=1e-5)
+    train(tiny_data, tmp_path / 'b', *settings)
+    assert [x for _, x in losses_of(tmp_path / 'a')] == pytest.approx([x for _, x in losses_of(tmp_path / 'b')], abs=apart)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
