@@ -222,6 +222,8 @@ elif what == 'batch':
     data, generator = open_dataset('shakespeare_char'), torch.Generator()
     print(f'a batch of 12 x 64: {median_ms(lambda: next_token.load(data, "train", next_token.draw(data, 12, 64, generator), 64), 1000):.3f} ms')
 elif what == 'prepare':
+    if not os.path.isfile(find(text)) or tokenizer not in ('qwen2', 'gpt2'):
+        sys.exit(f'text={text}, tokenizer={tokenizer}: expected a text file, and qwen2 or gpt2')
     times = {'tiktoken': [], 'StoneGPT': []}
     with tempfile.TemporaryDirectory() as out:
         os.makedirs(os.path.join(out, 'data'))

@@ -105,12 +105,12 @@ if not 0 <= seed < 2**32:
     sys.exit(f'seed={seed}: expected at least 0 and less than 2**32')
 if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
     sys.exit(f'beta1={beta1}, beta2={beta2}: expected numbers in [0, 1)')
-if n_embd == 0:  # depth alone: width, heads and learning rate follow (nanochat's rule); Muon's own is the same at any width
-    n_embd = 64 * n_layer
-    learning_rate, min_lr = (rate * (768 / n_embd)**0.5 for rate in (learning_rate, min_lr))
+if optimizer == 'muon' and learning_rate == 0 < muon_lr:
+    sys.exit(f'learning_rate=0: muon_lr={muon_lr} rises and falls with it, so give it a value above 0, however small')
+n_embd = n_embd or 64 * n_layer  # depth alone: width, heads and learning rate follow (nanochat's rule)
 n_head = n_head or max(1, n_embd // (head_size or 64))
 if not head_size and n_embd % n_head:
-    sys.exit(f'n_embd={n_embd} is not divisible by n_head={n_head}')
+    sys.exit(f'n_embd={n_embd} is not divisible by n_head={n_head}' + ', the heads of about 64 channels that n_head=0 stands for' * (config['n_head'] == 0))
 if n_head % (n_kv_head or n_head):
     sys.exit(f'n_head={n_head} is not divisible by n_kv_head={n_kv_head}: each head of keys and values serves as many heads of queries')
 if rope_theta and (head_size or n_embd // n_head) % 2:
@@ -138,7 +138,7 @@ if init_from == 'resume':
     out_dir = find(out_dir)
 
 # --- model: new, from a checkpoint, or from the weights of a GPT-2, Llama or Qwen3
-iter_num, best_val_loss, checkpoint = 0, float('inf'), None
+iter_num, best_val_loss, checkpoint, source = 0, float('inf'), None, {}
 GPT.gradient_checkpointing = gradient_checkpointing
 shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm', 'tied', 'n_kv_head', 'head_size', 'n_inner')
 if init_from == 'scratch':
@@ -154,20 +154,22 @@ elif init_from == 'resume':
     missing = [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in checkpoint]
     if missing:
         sys.exit(f'{path}: no {", ".join(missing)} in it, so it cannot be resumed; to start from its weights: --init_from={path}')
-    for key in shape:
-        derived = config[key] == 0 and key in ('n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner')
-        if key in config_given and not derived and config[key] != checkpoint['model_args'][key]:
-            sys.exit(f'--{key}={config[key]} contradicts {path}, which was trained with {key}={checkpoint["model_args"][key]}; '
-                     'leave it out to resume, or start another run with another --out_dir')
-    model = build_model(checkpoint, path, dropout=dropout)
+    model, source = build_model(checkpoint, path, dropout=dropout), checkpoint
     iter_num, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
     print(f'resuming {path} at step {iter_num}: {describe(model)}')
 else:
-    model, _ = load_model(init_from, dropout=dropout)
+    model, source = load_model(init_from, dropout=dropout)
     if block_size > model.config.block_size and 'block_size' in config_given:
         sys.exit(f'--block_size={block_size}: {init_from} was trained with a context of {model.config.block_size}; lower it')
     model.crop_block_size(min(block_size, model.config.block_size))
+for key in shape if init_from != 'scratch' else ():
+    derived = config[key] == 0 and key in ('n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner')
+    if key in config_given and not derived and config[key] != getattr(model.config, key):
+        sys.exit(f'--{key}={config[key]} contradicts {path if checkpoint else init_from}, which has {key}={getattr(model.config, key)}; '
+                 'leave it out, or train another network with --init_from=scratch and another --out_dir')
 block_size = model.config.block_size
+if config['n_embd'] == 0:  # Muon's own rate is the same at any width
+    learning_rate, min_lr = (rate * (768 / model.config.n_embd)**0.5 for rate in (learning_rate, min_lr))
 tokens_per_iter = total_rows * block_size
 if max_iters == -1:
     max_iters = math.ceil(20 * model.num_params() / tokens_per_iter)
@@ -179,25 +181,29 @@ if data.shortest <= block_size:
 eot_on_top = data.tokenizer is not None and data.tokenizer.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
 if data.vocab_size - eot_on_top > model.config.vocab_size:
     sys.exit(f'dataset={dataset} has {data.vocab_size:,} token ids and the model only {model.config.vocab_size:,}; they need the same tokenizer')
+if isinstance(source, dict) and source.get('tokenizer') and data.tokenizer and source['tokenizer'] != data.tokenizer.json:
+    sys.exit(f'dataset={dataset} is cut into tokens by another tokenizer than the text that {path if checkpoint else init_from} was trained on; prepare it with that one')
 data.vocab_size = min(data.vocab_size, model.config.vocab_size)  # larger ids are refused when they are met
+if not eval_only:
+    check_memory(model, micro_rows, block_size, run)  # of loaded ones
 model.to(run.device)
-opt = configure_optimizer(model, optimizer, weight_decay, learning_rate, (beta1, beta2), muon_lr)
+opt = configure_optimizer(model, optimizer, weight_decay, learning_rate, (beta1, beta2), muon_lr) if not eval_only else None
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16')  # does nothing unless enabled
-if checkpoint:
+if checkpoint and opt:
     try:
         opt.load_state_dict(checkpoint['optimizer'])
     except (KeyError, ValueError) as error:
-        sys.exit(f'{path}: its optimizer does not fit its weights ({error}); to start from the weights: --init_from={path}')
+        sys.exit(f'{path}: its optimizer is not {optimizer} for these weights ({error}); to start from the weights: --init_from={path}')
     if scaler.is_enabled() and checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])
-    checkpoint = None  # free the memory
+checkpoint = source = None  # free the memory
 try:
     os.makedirs(out_dir, exist_ok=True)
     tempfile.TemporaryFile(dir=out_dir).close()
 except OSError as error:
     sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
 
-network = compile_or_not(model, micro_rows, block_size, run) if compile else model  # computes the losses that are differentiated
+network = compile_or_not(model, micro_rows, block_size, run) if compile and not eval_only else model  # computes the losses that are differentiated
 if run.ddp:
     network = DDP(network, device_ids=[run.device] if run.device_type == 'cuda' else None)  # and averages gradients over the processes
 params = list(model.parameters())
@@ -265,7 +271,8 @@ def save(best=False):
 
 # --- the loop
 print(f'{run.device} {run.dtype}, {run.world_size} process{"es" * (run.world_size > 1)} x {micro_steps} micro-batches x {micro_rows} rows '
-    f'x {block_size} = {tokens_per_iter:,} tokens per iteration; {data.folder}: {data.splits["train"]:,} tokens')
+    f'x {block_size} = {tokens_per_iter:,} tokens per iteration; {data.folder}: {data.splits["train"]:,} tokens'
+    + f', {max_iters:,} steps see them {max_iters * tokens_per_iter / data.splits["train"]:.3g} times' * (not eval_only))
 if run.device_type == 'cpu':
     warn_if_slow(model.flops_per_token() * tokens_per_iter * (0 if eval_only else max_iters - iter_num), run)
 columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu', *(f'{split}_{name}' for name in task.MEASURES for split in ('train', 'val'))]

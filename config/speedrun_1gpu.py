@@ -32,6 +32,6 @@ min_lr = 0.0  # decaying to nothing gives the last bit of loss
 max_iters = -1  # from the parameters
 lr_decay_iters = -1  # equal to max_iters
 warmup_iters = 0  # the norms make it unnecessary
-schedule = 'wsd'  # any checkpoint before the cool-down can be trained on
+schedule = 'wsd'  # constant, then down to nothing
 cooldown = 0.4
 weight_decay = 0.1

@@ -42,7 +42,7 @@ def load_checkpoint(path, device='cpu'):
     """A checkpoint, ours or nanoGPT's, as a dict; on the device 'meta' without its tensors' contents, in no time.
     Ends the script with one line when the file is missing, torn or something else."""
     if not os.path.exists(path):
-        sys.exit(f'{path}: no such checkpoint; train first, or name its folder by --out_dir or the file by --ckpt')
+        sys.exit(f'{path}: no such checkpoint; train first, or name another folder by --out_dir (sample.py: or a file by --ckpt)')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         state, args = checkpoint['model'], checkpoint['model_args']

@@ -86,14 +86,14 @@ def muon(params, parts, grads, buffers, lr, momentum, weight_decay):
             mine = directions[dist.get_rank() * share:(dist.get_rank() + 1) * share]
             mine = torch.stack(mine + [torch.zeros_like(directions[0])] * (share - len(mine)))  # the last processes may have fewer
             directions = mine.new_empty(world_size * share, *shape)
-            dist.all_gather_into_tensor(directions, orthogonalize(mine))
+            dist.all_gather(list(directions.split(share)), orthogonalize(mine))
         torch._foreach_add_(weights, list(directions[:len(weights)]), alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5)
 
 
 def orthogonalize(matrices, steps=5):
     """
-    Matrices (K, m, n) -> about the orthogonal matrices nearest to them, singular values between about 0.7 and 1.2, by Newton-Schulz steps of
-    the fifth order with the coefficients of Jordan et al.; in bf16 where the hardware multiplies it.
+    Matrices (K, m, n) -> about the orthogonal matrices nearest to them, by Newton-Schulz steps of the fifth order with the coefficients of
+    Jordan et al.: singular values end between about 0.7 and 1.2, but for those below a hundredth of the norm; in bf16 where the hardware multiplies it.
     """
     wide = matrices.size(1) <= matrices.size(2)
     x = matrices if wide else matrices.transpose(1, 2)

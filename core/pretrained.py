@@ -74,10 +74,11 @@ def load_pretrained(name, dropout=0.0):
         read_config, read_weights = ARCHITECTURES[kind]
         config = read_config(hf, name)
         config.dropout = dropout
-        model = GPT(config)
+        with torch.device('meta'):
+            GPT(config)  # whether these numbers make a network
     except (KeyError, ValueError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
         sys.exit(f'{path}: not the config.json of a language model, or a damaged one ({type(error).__name__}: {str(error).partition(chr(10))[0]})')
-    state = load_weights(folder)
+    model, state = GPT(config), load_weights(folder)
     try:
         weights = read_weights(model, state)
         with torch.no_grad():

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, losses_of, run_script
+from conftest import TINY, losses_of, make_dataset, run_script
 
 
 def tree(folder):
@@ -67,6 +67,7 @@ def own_data(tiny_data, tmp_path):
     (['--n_layer=0'], ['n_layer=0', 'at least 1']),
     (['--n_head=-1'], ['n_head=-1', 'at least 0']),
     (['--n_head=3'], ['n_embd=32', 'n_head=3', 'divisible']),
+    (['--n_embd=200', '--n_head=0'], ['n_embd=200', 'n_head=3', '64 channels']),
     (['--n_head=4', '--n_kv_head=3'], ['n_head=4', 'n_kv_head=3', 'divisible']),
     (['--n_kv_head=4'], ['n_head=2', 'n_kv_head=4', 'divisible']),
     (['--rope_theta=10000', '--n_embd=30'], ['rope_theta=10000.0', '15', 'even']),
@@ -78,6 +79,7 @@ def own_data(tiny_data, tmp_path):
     (['--schedule=linear'], ['schedule=linear', 'cosine or wsd']),
     (['--cooldown=1.5'], ['cooldown=1.5', '[0, 1]']),
     (['--muon_lr=-1'], ['muon_lr=-1.0', 'at least 0']),
+    (['--optimizer=muon', '--learning_rate=0'], ['learning_rate=0', 'muon_lr=0.02']),
     (['--lr_decay_iters=-2'], ['lr_decay_iters=-2']),
     (['--eval_interval=0'], ['eval_interval=0', 'at least 1']),
     (['--log_interval=0'], ['log_interval=0', 'at least 1']),
@@ -303,10 +305,27 @@ def test_resume_contradicted(own_run, tiny_data, key, value):
            names=[f'--{key}={value}', own_run / 'ckpt.pt', f'{key}={torch.load(own_run / "ckpt.pt", weights_only=True)["model_args"][key]}'], folder=own_run)
 
 
+@pytest.mark.parametrize('key, value', [('n_layer', 3), ('bias', True), ('rope_theta', 10000.0)])
+def test_weights_contradicted(own_run, tiny_data, tmp_path, key, value):
+    """The same for a run that only starts from the checkpoint's weights."""
+    args = [arg for arg in TINY if not arg.startswith(f'--{key}=')]
+    refuse('train.py', *args, f'--{key}={value}', f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', f'--init_from={own_run}',
+           names=[f'--{key}={value}', own_run, f'which has {key}='], folder=tmp_path)
+
+
+@pytest.mark.parametrize('start', ['resume', 'weights'])
+def test_a_tokenizer_of_the_same_size(own_run, tmp_path, start):
+    """A dataset of other characters, as many as the checkpoint knows."""
+    (tmp_path / 'input.txt').write_text('ABCDEFGHIJKLMNOP' * 200, encoding='utf-8')
+    make_dataset(tmp_path, tmp_path / 'input.txt')
+    init_from, out_dir = ('resume', own_run) if start == 'resume' else (own_run, tmp_path / 'out')
+    refuse('train.py', *TINY, f'--dataset={tmp_path}', f'--out_dir={out_dir}', f'--init_from={init_from}', names=[tmp_path, 'another tokenizer', own_run], folder=out_dir.parent)
+
+
 def test_resume_with_another_optimizer(own_run, tiny_data):
     """AdamW's moments are of no use to Muon."""
     refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--optimizer=muon',
-           names=[own_run / 'ckpt.pt', 'optimizer', '--init_from='], folder=own_run)
+           names=[own_run / 'ckpt.pt', 'optimizer is not muon', '--init_from='], folder=own_run)
 
 
 def test_resume_yields_to_the_checkpoint(own_run, tiny_data, tmp_path):

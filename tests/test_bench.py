@@ -63,6 +63,8 @@ def test_beside_nanogpt(tiny_data, tmp_path):
     (['--steps=0'], ['steps=0', 'at least 1']),
     (['--steps=x'], ["steps='x'", 'an int']),
     (['--what=batch', '--device=cpu'], ['what=batch', '--device=cpu', '--help']),
+    (['--what=prepare'], ['text=', 'a text file']),
+    (['--what=prepare', '--text=short.py', '--tokenizer=char'], ['tokenizer=char', 'qwen2 or gpt2']),
     (['--what=nothing'], ['what=nothing', 'steps, laptop']),
     (['--nanogpt=nowhere'], ['nowhere', 'train.py']),
     (['--profile', '--trace=no/where.json'], ['no/where.json', 'no such folder']),

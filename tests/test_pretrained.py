@@ -185,7 +185,8 @@ def test_fine_tuning_gpt2(tmp_path):
     data.mkdir()
     for i, split in enumerate(('train', 'val')):
         np.random.default_rng(i).integers(0, 50257, 500).astype('<u2').tofile(data / f'{split}.bin')
-    result = run_script('train.py', *TINY, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', f'--init_from={tmp_path / "gpt2"}', '--max_iters=2')
+    own = [arg for arg in TINY if not arg.startswith('--n_')]
+    result = run_script('train.py', *own, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', f'--init_from={tmp_path / "gpt2"}', '--max_iters=2')
     assert result.code == 0 and f'loaded {tmp_path / "gpt2"}' in result.out, result.err
     args = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))['model_args']
     assert args['block_size'] == 32 and args['activation'] == 'gelu_tanh' and args['n_embd'] == 16

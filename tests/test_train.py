@@ -25,8 +25,8 @@ GOLDEN_QWEN3 = [2.8945, 2.8062, 2.7447, 2.6657, 2.6595, 2.5740, 2.5355, 2.4912, 
                 2.4354, 2.4093, 2.3908, 2.3695, 2.3834, 2.3250, 2.3457, 2.2727, 2.2917, 2.2755]
 
 
-def train(data, out_dir, *args):
-    result = run_script('train.py', *TINY, f'--dataset={data}', f'--out_dir={out_dir}', *args)
+def train(data, out_dir, *args, tiny=TINY):
+    result = run_script('train.py', *tiny, f'--dataset={data}', f'--out_dir={out_dir}', *args)
     assert result.code == 0, result.err
     return result.out
 
@@ -89,7 +89,8 @@ runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
 """, encoding='utf-8')
     args = [*TINY, f'--dataset={tiny_data}', '--eval_iters=-1', *split_up]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'fp32.py'), *args, f'--out_dir={tmp_path / "two"}']
-    subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', timeout=120, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
     train(tiny_data, tmp_path / 'one', '--eval_iters=-1', *split_up)
     for column in ('loss', 'val_loss', 'val_bpb'):
         one, two = losses_of(tmp_path / 'one', column), losses_of(tmp_path / 'two', column)
@@ -189,6 +190,9 @@ def test_depth_alone(tiny_data, tmp_path):
     assert expected == {key: checkpoint['model_args'][key] for key in expected} == {key: checkpoint['config'][key] for key in expected}
     assert [checkpoint['config'][key] for key in ('learning_rate', 'min_lr')] == pytest.approx([2e-3, 2e-4])  # (768 / 192)**0.5 = 2
     assert [group['lr'] for group in checkpoint['optimizer']['param_groups']] == pytest.approx([2e-3, 2e-3, 0.03])
+    train(tiny_data, tmp_path, '--max_iters=2', '--init_from=resume', '--n_embd=0', '--n_head=0', '--decay_lr=False', '--learning_rate=1e-3', '--optimizer=muon', '--muon_lr=0.03',
+          tiny=[setting for setting in TINY if not setting.startswith('--n_')])
+    assert [rate for _, rate in losses_of(tmp_path, 'lr')] == pytest.approx([2e-3, 2e-3])  # by the checkpoint's width
 
 
 @pytest.mark.parametrize('tied', [True, False])
