@@ -12,9 +12,10 @@ gradient_accumulation_steps = 1
 batch_size = 8
 block_size = 256  # the longer the context, the better each letter is known
 
-# Qwen3's network with 2.7 million parameters, a quarter of nanoGPT's
+# Qwen3's network with 2.4 million parameters, less than a quarter of nanoGPT's
 n_layer = 6
 n_head = 6
+n_kv_head = 2  # a tenth less time for a step, and the same loss
 n_embd = 192
 dropout = 0.0  # two and a half times through the text: the decay of the weights is enough
 rope_theta = 10000.0
@@ -27,11 +28,11 @@ optimizer = 'muon'
 learning_rate = 3e-2  # of the embeddings
 muon_lr = 0.02
 min_lr = 0.0
-max_iters = 1250
+max_iters = 1350
 lr_decay_iters = -1  # equal to max_iters
 warmup_iters = 0
 schedule = 'wsd'
-cooldown = 0.8  # a long decay: shorter ones end higher
+cooldown = 1.0  # down from the first step on: 1.455 instead of the 1.461 of 0.8
 beta2 = 0.95
 
 compile = True  # 1.6 times as fast here; the first start takes a minute longer, later ones five seconds
