@@ -86,7 +86,8 @@ def muon(params, parts, grads, buffers, lr, momentum, weight_decay):
             mine = directions[dist.get_rank() * share:(dist.get_rank() + 1) * share]
             mine = torch.stack(mine + [torch.zeros_like(directions[0])] * (share - len(mine)))  # the last processes may have fewer
             directions = mine.new_empty(world_size * share, *shape)
-            dist.all_gather(list(directions.split(share)), orthogonalize(mine))
+            gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # its name before torch 2.13
+            gather(directions, orthogonalize(mine))
         torch._foreach_add_(weights, list(directions[:len(weights)]), alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5)
 
 

@@ -63,7 +63,7 @@ def test_commands_run(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / 'gpt2')
     Qwen3ForCausalLM(Qwen3Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)).save_pretrained(tmp_path / 'Qwen3-0.6B')
     stand_ins(house, tmp_path)
-    environment = {**os.environ, 'DATA_MIRROR': str(tmp_path / 'mirror'), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1',
+    environment = {**os.environ, 'DATA_MIRROR': str(tmp_path / 'mirror'), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1', 'PYTHONFAULTHANDLER': '1',
                    'XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')}
     done = set()
     for command in commands('README.md'):
@@ -87,7 +87,7 @@ def test_commands_run(tmp_path):
         words = [word.replace('=8', '=2') if word.startswith('--nproc') else word for word in words]
         words = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run']}[words[0]] + words[1:]
         result = subprocess.run(words, cwd=house, env=environment, capture_output=True, text=True, encoding='utf-8', timeout=300)
-        assert result.returncode == 0, f'{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}'
+        assert result.returncode == 0, f'{command}\n{result.stdout[-2000:]}\n{result.stderr[-9000:]}'
     assert len(done) > 25
 
 
