@@ -138,7 +138,7 @@ if init_from == 'resume':
     out_dir = find(out_dir)
 
 # --- model: new, from a checkpoint, or from the weights of a GPT-2, Llama or Qwen3
-iter_num, best_val_loss, checkpoint, source = 0, float('inf'), None, {}
+iter_num, best_val_loss, checkpoint, source, origin = 0, float('inf'), None, {}, init_from
 GPT.gradient_checkpointing = gradient_checkpointing
 shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm', 'tied', 'n_kv_head', 'head_size', 'n_inner')
 if init_from == 'scratch':
@@ -154,7 +154,7 @@ elif init_from == 'resume':
     missing = [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in checkpoint]
     if missing:
         sys.exit(f'{path}: no {", ".join(missing)} in it, so it cannot be resumed; to start from its weights: --init_from={path}')
-    model, source = build_model(checkpoint, path, dropout=dropout), checkpoint
+    model, source, origin = build_model(checkpoint, path, dropout=dropout), checkpoint, path
     iter_num, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
     print(f'resuming {path} at step {iter_num}: {describe(model)}')
 else:
@@ -162,12 +162,15 @@ else:
     if block_size > model.config.block_size and 'block_size' in config_given:
         sys.exit(f'--block_size={block_size}: {init_from} was trained with a context of {model.config.block_size}; lower it')
     model.crop_block_size(min(block_size, model.config.block_size))
-for key in shape if init_from != 'scratch' else ():
-    derived = config[key] == 0 and key in ('n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner')
-    if key in config_given and not derived and config[key] != getattr(model.config, key):
-        sys.exit(f'--{key}={config[key]} contradicts {path if checkpoint else init_from}, which has {key}={getattr(model.config, key)}; '
-                 'leave it out, or train another network with --init_from=scratch and another --out_dir')
 block_size = model.config.block_size
+if init_from != 'scratch':
+    for key in shape:
+        derived = config[key] == 0 and key in ('n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner')
+        if key in config_given and not derived and config[key] != getattr(model.config, key):
+            sys.exit(f'--{key}={config[key]} contradicts {origin}, which has {key}={getattr(model.config, key)}; '
+                     'leave it out, or train another network with --init_from=scratch and another --out_dir')
+    if not eval_only:
+        check_memory(model, micro_rows, block_size, run)
 if config['n_embd'] == 0:  # Muon's own rate is the same at any width
     learning_rate, min_lr = (rate * (768 / model.config.n_embd)**0.5 for rate in (learning_rate, min_lr))
 tokens_per_iter = total_rows * block_size
@@ -182,10 +185,8 @@ eot_on_top = data.tokenizer is not None and data.tokenizer.eot == data.vocab_siz
 if data.vocab_size - eot_on_top > model.config.vocab_size:
     sys.exit(f'dataset={dataset} has {data.vocab_size:,} token ids and the model only {model.config.vocab_size:,}; they need the same tokenizer')
 if isinstance(source, dict) and source.get('tokenizer') and data.tokenizer and source['tokenizer'] != data.tokenizer.json:
-    sys.exit(f'dataset={dataset} is cut into tokens by another tokenizer than the text that {path if checkpoint else init_from} was trained on; prepare it with that one')
+    sys.exit(f'dataset={dataset} is cut into tokens by another tokenizer than the text that {origin} was trained on; prepare it with that one')
 data.vocab_size = min(data.vocab_size, model.config.vocab_size)  # larger ids are refused when they are met
-if not eval_only:
-    check_memory(model, micro_rows, block_size, run)  # of loaded ones
 model.to(run.device)
 opt = configure_optimizer(model, optimizer, weight_decay, learning_rate, (beta1, beta2), muon_lr) if not eval_only else None
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16')  # does nothing unless enabled

@@ -94,7 +94,7 @@ def muon(params, parts, grads, buffers, lr, momentum, weight_decay):
 def orthogonalize(matrices, steps=5):
     """
     Matrices (K, m, n) -> about the orthogonal matrices nearest to them, by Newton-Schulz steps of the fifth order with the coefficients of
-    Jordan et al.: singular values end between about 0.7 and 1.2, but for those below a hundredth of the norm; in bf16 where the hardware multiplies it.
+    Jordan et al.: singular values end between about 0.7 and 1.2, but for those below 0.0015 of the norm; in bf16 where the hardware multiplies it.
     """
     wide = matrices.size(1) <= matrices.size(2)
     x = matrices if wide else matrices.transpose(1, 2)

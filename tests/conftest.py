@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MIRROR = Path(os.environ.get('DATA_MIRROR') or ROOT.parent / 'shared' / 'data')  # raw texts, where this machine has them
 TINY = ['--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=32', '--batch_size=4',
         '--gradient_accumulation_steps=1', '--eval_iters=2', '--max_iters=4', '--learning_rate=1e-3', '--warmup_iters=0', '--lr_decay_iters=100']
+TINY_LOADED = [setting for setting in TINY if not setting.startswith('--n_')]  # for a network whose shape comes with its weights
 
 
 def pytest_runtest_setup(item):

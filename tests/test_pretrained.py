@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, exit_line, losses_of, run_script
+from conftest import TINY_LOADED, exit_line, losses_of, run_script
 from torch.nn import functional as F
 
 from core.checkpoint import load_checkpoint
@@ -161,8 +161,7 @@ def test_weights_cut_off(kept, tmp_path):
 def test_fine_tuning(tiny_data, tmp_path):
     """train.py goes on from a Qwen3's folder, then from its own checkpoint, of which sample.py samples."""
     hf = make(tmp_path / 'qwen3', 'qwen3, tied, gqa, wide heads')
-    own = [arg for arg in TINY if not arg.startswith('--n_')]
-    args = *own, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', '--learning_rate=1e-4'
+    args = *TINY_LOADED, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', '--learning_rate=1e-4'
     result = run_script('train.py', *args, f'--init_from={tmp_path / "qwen3"}', '--max_iters=2')
     assert result.code == 0 and f'loaded {tmp_path / "qwen3"}' in result.out, result.err
     checkpoint = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))
@@ -185,8 +184,7 @@ def test_fine_tuning_gpt2(tmp_path):
     data.mkdir()
     for i, split in enumerate(('train', 'val')):
         np.random.default_rng(i).integers(0, 50257, 500).astype('<u2').tofile(data / f'{split}.bin')
-    own = [arg for arg in TINY if not arg.startswith('--n_')]
-    result = run_script('train.py', *own, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', f'--init_from={tmp_path / "gpt2"}', '--max_iters=2')
+    result = run_script('train.py', *TINY_LOADED, f'--dataset={data}', f'--out_dir={tmp_path / "out"}', f'--init_from={tmp_path / "gpt2"}', '--max_iters=2')
     assert result.code == 0 and f'loaded {tmp_path / "gpt2"}' in result.out, result.err
     args = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))['model_args']
     assert args['block_size'] == 32 and args['activation'] == 'gelu_tanh' and args['n_embd'] == 16

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, losses_of, make_dataset, run_script
+from conftest import ROOT, TINY, TINY_LOADED, losses_of, make_dataset, run_script
 
 from core import optimizer
 from core.checkpoint import build_model, load_checkpoint
@@ -191,7 +191,7 @@ def test_depth_alone(tiny_data, tmp_path):
     assert [checkpoint['config'][key] for key in ('learning_rate', 'min_lr')] == pytest.approx([2e-3, 2e-4])  # (768 / 192)**0.5 = 2
     assert [group['lr'] for group in checkpoint['optimizer']['param_groups']] == pytest.approx([2e-3, 2e-3, 0.03])
     train(tiny_data, tmp_path, '--max_iters=2', '--init_from=resume', '--n_embd=0', '--n_head=0', '--decay_lr=False', '--learning_rate=1e-3', '--optimizer=muon', '--muon_lr=0.03',
-          tiny=[setting for setting in TINY if not setting.startswith('--n_')])
+          tiny=TINY_LOADED)
     assert [rate for _, rate in losses_of(tmp_path, 'lr')] == pytest.approx([2e-3, 2e-3])  # by the checkpoint's width
 
 
