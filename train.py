@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from core.checkpoint import build_model, copy_checkpoint, describe, load_checkpoint, load_model, save_checkpoint
-from core.device import all_reduce, catch_signals, check_memory, compile_or_not, reseed, setup, warn_if_slow
+from core.device import all_reduce, catch_signals, check_memory, compile_or_not, leave, reseed, setup, warn_if_slow
 from core.files import find
 from core.log import Log
 from core.optimizer import OPTIMIZERS, configure_optimizer
@@ -349,7 +349,4 @@ if iter_num > first_iter:
     print(f'{iter_num - first_iter} steps in {datetime.timedelta(seconds=round(time.perf_counter() - started))}'
           + f', best validation loss {best_val_loss:.4f}' * math.isfinite(best_val_loss)
           + f', checkpoints in {out_dir}; now: python sample.py --out_dir={out_dir}')
-if run.ddp:
-    torch.distributed.barrier()  # the first process may still be saving
-    torch.distributed.destroy_process_group()
-sys.exit(130 if caught.signal == signal.SIGINT else 0)
+leave(run, 130 if caught.signal == signal.SIGINT else 0)

@@ -139,6 +139,20 @@ def all_reduce(numbers, run):
     return total.cpu()
 
 
+def leave(run, status):
+    """
+    End this process, after the last one is ready to. In a group of processes without Python's clean-up: DDP keeps the threads of gloo alive, and
+    one that only now lets go of its last tensor, when Python is half gone, aborts the process (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    if run.ddp:
+        dist.barrier()  # the first process may still be saving
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def compile_or_not(model, rows, T, run):
     """torch.compile, tried out on one batch (rows, T); the model itself, with one warning, where that does not work (no C++ compiler, no Triton)
     or computes nonsense."""
