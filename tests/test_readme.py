@@ -63,7 +63,7 @@ def test_commands_run(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / 'gpt2')
     Qwen3ForCausalLM(Qwen3Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)).save_pretrained(tmp_path / 'Qwen3-0.6B')
     stand_ins(house, tmp_path)
-    environment = {**os.environ, 'DATA_MIRROR': str(tmp_path / 'mirror'), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1', 'PYTHONFAULTHANDLER': '1',
+    environment = {**os.environ, 'DATA_MIRROR': str(tmp_path / 'mirror'), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1',
                    'XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')}
     done = set()
     for command in commands('README.md'):
