@@ -88,7 +88,8 @@ optimizer.fast_bf16_cpu = lambda: False
 runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
 """, encoding='utf-8')
     args = [*TINY, f'--dataset={tiny_data}', '--eval_iters=-1', *split_up]
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path / 'fp32.py'), *args, f'--out_dir={tmp_path / "two"}']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               '--no_python', sys.executable, str(tmp_path / 'fp32.py'), *args, f'--out_dir={tmp_path / "two"}']  # torchrun itself would call `python -u`
     result = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', timeout=120, cwd=ROOT, env={**os.environ, 'PYTHONUNBUFFERED': ''})
     assert result.returncode == 0, result.stderr[-9000:]
     assert f'now: python sample.py --out_dir={tmp_path / "two"}' in result.stdout  # processes of a group leave without Python's clean-up, but not without their last line
