@@ -48,6 +48,7 @@ tensorboard_log = False  # to out_dir/tensorboard
 # data
 objective = 'next_token'  # what a step minimises: a file in objectives/
 dataset = 'openwebtext'  # a folder in data/
+data_order = 'random'  # rows from anywhere, as nanoGPT; 'epochs': every token once before any comes again, which learns more from a small text
 gradient_accumulation_steps = 5 * 8  # micro-batches in a step, shared out over the processes
 batch_size = 12  # rows in a micro-batch; a step sees batch_size * gradient_accumulation_steps rows on any number of processes
 block_size = 1024  # tokens in a row: the context
@@ -98,7 +99,7 @@ for key in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer'
 for key in ('learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner', 'rope_theta'):
     if config[key] < 0:
         sys.exit(f'{key}={config[key]}: expected at least 0')
-for key, choices in (('optimizer', OPTIMIZERS), ('schedule', ('cosine', 'wsd')), ('norm', NORMS), ('activation', ACTIVATIONS)):
+for key, choices in (('data_order', ('random', 'epochs')), ('optimizer', OPTIMIZERS), ('schedule', ('cosine', 'wsd')), ('norm', NORMS), ('activation', ACTIVATIONS)):
     if config[key] not in choices:
         sys.exit(f'{key}={config[key]}: expected {" or ".join(choices)}')
 if not 0 <= seed < 2**32:
@@ -133,6 +134,8 @@ micro_rows = rows // micro_steps
 # --- data
 task = importlib.import_module(f'objectives.{objective}')
 data = open_dataset(dataset)
+if data_order == 'epochs' and len(data.weights) > 1:
+    sys.exit(f'data_order=epochs: {dataset} is a mixture, drawn by weights, so it has no epochs; use --data_order=random')
 out_dir = os.path.expanduser(out_dir)
 if init_from == 'resume':
     out_dir = find(out_dir)
@@ -298,7 +301,7 @@ while True:
 
     # The batch is that of the seed and the step, the same on any number of processes, and dropout that of the process too: nothing
     # random is left over from the steps before, so a resumed run goes on exactly as the uninterrupted one.
-    starts = task.draw(data, total_rows, block_size, torch.Generator().manual_seed(seed * 1_000_003 + iter_num))
+    starts = task.draw(data, total_rows, block_size, seed, iter_num, data_order)
     if dropout:
         reseed((seed * 1_000_003 + iter_num) * 1009 + 1 + run.rank, run)
     batches = list(load_batches('train', starts[run.rank * rows:(run.rank + 1) * rows], micro_rows))

@@ -9,6 +9,7 @@ An objective is a module with these functions; the loop in train.py knows nothin
     loss       their summed loss, to be differentiated
     measure    what evaluation reports: sum and divisor of each of MEASURES, which begin with the loss
 """
+import functools
 import math
 
 import numpy as np
@@ -19,9 +20,16 @@ from core.tokens import windows
 MEASURES = ('loss', 'bpb', 'bpc')
 
 
-def draw(data, rows, block_size, generator):
-    """Random places (rows,) in the training tokens, with replacement, as nanoGPT draws them; of a mixture, first the folder by its weight."""
+def draw(data, rows, block_size, seed, step, order='random'):
+    """
+    Places (rows,) in the training tokens, those of this step of a run with this seed. 'random': with replacement, as nanoGPT draws them; of a
+    mixture, first the folder by its weight. 'epochs' (of one folder): every token once before any comes again.
+    """
     ends = torch.tensor(data.ends['train'])
+    if order == 'epochs':
+        per_epoch = len(epoch(int(ends[0]), block_size, seed, 0))
+        return np.array([epoch(int(ends[0]), block_size, seed, row // per_epoch)[row % per_epoch] for row in range(step * rows, (step + 1) * rows)])
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     if len(ends) == 1:
         return torch.randint(ends[0] - block_size, (rows,), generator=generator).numpy()
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
@@ -29,6 +37,15 @@ def draw(data, rows, block_size, generator):
     room = (ends - starts - block_size)[folder].clamp(min=1)
     place = (torch.rand(rows, generator=generator, dtype=torch.float64) * room).long()
     return (starts[folder] + place).numpy()
+
+
+@functools.lru_cache(maxsize=2)  # a step may begin in one epoch and end in the next
+def epoch(tokens, block_size, seed, number):
+    """The places of all windows of a text of so many tokens, end to end and in random order; where the first one begins is random as well."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    count = max(1, tokens // block_size - 1)
+    first = torch.randint(min(block_size, tokens - count * block_size), (1,), generator=generator)
+    return (first + block_size * torch.randperm(count, generator=generator)).numpy()
 
 
 def fixed(data, split, rows, block_size):

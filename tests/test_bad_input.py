@@ -77,6 +77,7 @@ def own_data(tiny_data, tmp_path):
     (['--activation=relu'], ['activation=relu', 'gelu or gelu_tanh or swiglu']),
     (['--optimizer=sgd'], ['optimizer=sgd', 'adamw or muon']),
     (['--schedule=linear'], ['schedule=linear', 'cosine or wsd']),
+    (['--data_order=documents'], ['data_order=documents', 'random or epochs']),
     (['--cooldown=1.5'], ['cooldown=1.5', '[0, 1]']),
     (['--muon_lr=-1'], ['muon_lr=-1.0', 'at least 0']),
     (['--optimizer=muon', '--learning_rate=0'], ['learning_rate=0', 'muon_lr=0.02']),

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from conftest import TINY, losses_of, run_script
 
 from core.tokenizer import char_tokenizer
@@ -66,17 +65,30 @@ def test_ids_above_65536_train(tmp_path):
     assert json.loads((tmp_path / 'big' / 'meta.json').read_text(encoding='utf-8'))['vocab_size'] == data.vocab_size > 2**16
 
 
+def test_epochs_see_every_token_once(tmp_path):
+    """Windows end to end, in another random order each epoch, across the steps of any batch."""
+    data = open_dataset(folder_of(tmp_path / 'a', train=[random_ids(1000)]))
+    starts = np.concatenate([next_token.draw(data, 7, 16, 1, step, 'epochs') for step in range(40)])
+    first, second = starts[:61], starts[61:122]  # 1000 // 16 - 1 windows: one less than fit, so that the first may begin anywhere in a window
+    for some in first, second:
+        assert (np.diff(np.sort(some)) == 16).all() and (np.diff(some) != 16).any() and 0 <= some.min() < 16 and some.max() + 16 < 1000
+    assert first.tolist() != second.tolist() and min(first) != min(second)
+    assert starts[:14].tolist() == next_token.draw(data, 14, 16, 1, 0, 'epochs').tolist() != next_token.draw(data, 14, 16, 2, 0, 'epochs').tolist()
+    data = open_dataset(folder_of(tmp_path / 'b', train=[random_ids(20)]))  # one window, and room for it to begin in 4 places
+    assert set(next_token.draw(data, 200, 16, 1, 0, 'epochs').tolist()) == {0, 1, 2, 3}
+
+
 def test_a_mixture_draws_by_weight_and_never_across_folders(tmp_path):
     a, b = (folder_of(tmp_path / name, train=[np.full(n, i)], val=[np.full(n // 10, i)]) for i, (name, n) in enumerate((('a', 300), ('b', 5000))))
     data = open_dataset(f'{a}:0.7,{b}:0.3')
     assert data.splits == {'train': 5300, 'val': 530} and data.shortest == 300
-    starts = next_token.draw(data, 20000, 16, torch.Generator().manual_seed(1))
+    starts = next_token.draw(data, 20000, 16, 1, 0)
     x, y = windows(data, 'train', starts, 16)
     assert (x == x[:, :1]).all() and (y == x).all()  # each row from one folder, and none runs out of it
     assert abs((x[:, 0] == 0).float().mean().item() - 0.7) < 0.02
     assert starts[x[:, 0] == 0].min() == 0 and starts[x[:, 0] == 0].max() == 300 - 16 - 1  # every place of a
     assert abs(np.median(starts[x[:, 0] == 1]) - (300 + 2500)) < 100  # and evenly in b
-    again = next_token.draw(data, 20000, 16, torch.Generator().manual_seed(1))
+    again = next_token.draw(data, 20000, 16, 1, 0)
     assert (starts == again).all()
 
 
@@ -97,6 +109,12 @@ def test_a_mixture_with_a_folder_without_validation(tmp_path):
     assert (windows(data, 'val', next_token.fixed(data, 'val', 8, 10), 10)[0] == 0).all() and len(next_token.fixed(data, 'val', 8, 10)) == 8
     result = run_script('train.py', *TINY, f'--dataset={a}:0.5,{b}:0.5', f'--out_dir={tmp_path / "out"}')
     assert result.code == 0 and 'val loss' in result.out, result.err
+
+
+def test_a_mixture_has_no_epochs(tmp_path):
+    a, b = (folder_of(tmp_path / name, train=[random_ids(100)]) for name in 'ab')
+    result = run_script('train.py', *TINY, f'--dataset={a}:0.5,{b}:0.5', f'--out_dir={tmp_path / "out"}', '--data_order=epochs')
+    assert 'mixture' in exit_line(result) and '--data_order=random' in result.err and not (tmp_path / 'out').exists()
 
 
 def exit_line(result):

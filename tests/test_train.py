@@ -56,7 +56,7 @@ def test_it_learns(tiny_data, tmp_path):
     assert sum(word in known for word in words) > 0.9 * len(words)
 
 
-@pytest.mark.parametrize('style', [[], QWEN3], ids=['gpt2', 'qwen3'])
+@pytest.mark.parametrize('style', [[], [*QWEN3, '--data_order=epochs']], ids=['gpt2', 'qwen3'])
 def test_resume_is_exact(style, tiny_data, tmp_path):
     """Ten steps, with dropout, against four and then six more: same losses, same weights, bit for bit, and a log without gaps."""
     args = '--dropout=0.2', '--gradient_accumulation_steps=2', '--eval_interval=4', *style
