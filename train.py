@@ -15,31 +15,39 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
+import uuid
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from core.checkpoint import build_model, copy_checkpoint, describe, load_checkpoint, load_model, save_checkpoint
+from core.checkpoint import build_model, describe, load_last, load_model
 from core.device import all_reduce, catch_signals, check_memory, compile_or_not, leave, reseed, setup, warn_if_slow
 from core.files import find
+from core.guard import check_disk, same_everywhere, watch_spikes
 from core.log import Log
 from core.optimizer import OPTIMIZERS, configure_optimizer
-from core.tokens import open_dataset
+from core.parallel import shard, whole
+from core.saver import Saver, claim, has_saved, introduce, save_weights
+from core.tokens import fingerprint, open_dataset
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on OpenWebText
 # I/O
-out_dir = 'out'  # folder of the checkpoints ckpt.pt (last) and best.pt, and of log.csv
+out_dir = 'out'  # folder of the checkpoints ckpt.pt (last) and best.pt, of log.csv, and of weights.pt at the end
 eval_interval = 2000  # evaluate and save every so many steps
 log_interval = 1  # print and log every so many steps
 eval_iters = 200  # evaluate on eval_iters * batch_size evenly spaced windows of each split; -1: on all of the validation split, and as much of the other
 eval_only = False  # evaluate once, then stop
 always_save_checkpoint = True  # sample from the last checkpoint; False: from the one with the best validation loss
-init_from = 'scratch'  # 'scratch', 'resume' (the run in out_dir), 'gpt2' (-medium, -large, -xl), a checkpoint, a run's folder, or a GPT-2, Llama or Qwen3 (folder or hub)
+init_from = 'scratch'  # 'scratch', 'resume' (the run in out_dir), 'auto' (resume if it has saved, else from scratch), 'gpt2' (-medium, -large, -xl), a checkpoint, a run's folder, or a GPT-2, Llama or Qwen3 (folder or hub)
 seed = 1337  # of the weights, the batches and dropout
+# checkpoints, beside those at evaluations
+save_interval = 0  # a crash loses at most so many steps: one is begun at every half of it; 0: no more than evaluations and save_minutes ask for
+save_minutes = 10.0  # save when so many minutes have gone by since the last one; 0: do not look at the clock
+keep_last = 1  # earlier ones that are kept as ckpt_STEP.pt; should ckpt.pt be damaged, the newest of them is resumed
+background_save = True  # write them beside training, for which they are copied to this machine's memory; False: training waits
 # logging, beside out_dir/log.csv
 wandb_log = False  # to wandb; offline where nobody is logged in
 wandb_project = 'owt'  # wandb's project
@@ -48,7 +56,7 @@ tensorboard_log = False  # to out_dir/tensorboard
 # data
 objective = 'next_token'  # what a step minimises: a file in objectives/
 dataset = 'openwebtext'  # a folder in data/
-data_order = 'random'  # rows from anywhere, as nanoGPT; 'epochs': every token once before any comes again, which learns more from a small text
+data_order = 'random'  # rows from anywhere, as nanoGPT; 'epochs': every token once before any comes again, which learns more from a small text; 'documents': so, in rows that begin with one
 gradient_accumulation_steps = 5 * 8  # micro-batches in a step, shared out over the processes
 batch_size = 12  # rows in a micro-batch; a step sees batch_size * gradient_accumulation_steps rows on any number of processes
 block_size = 1024  # tokens in a row: the context
@@ -68,6 +76,7 @@ n_kv_head = 0  # grouped-query attention (GQA): heads of keys and values, a divi
 head_size = 0  # channels of a head; 0: n_embd / n_head
 n_inner = 0  # width inside the MLP; 0: 4 * n_embd, for swiglu 8/3 * n_embd
 gradient_checkpointing = False  # True: less memory for activations, a third more time
+parallel = 'ddp'  # of several processes each has all of the network; 'fsdp': a part of it, for networks larger than one GPU
 # optimizer
 optimizer = 'adamw'  # 'adamw', or 'muon': Muon for the matrices of the blocks, AdamW for the rest; needs fewer steps
 learning_rate = 6e-4  # the highest it gets
@@ -77,6 +86,7 @@ weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # AdamW's, for the mean of the gradient
 beta2 = 0.95  # AdamW's, for its square; 0.99 where a step sees few tokens
 grad_clip = 1.0  # clip the gradient's norm at this value; 0: do not
+skip_nonfinite = 0  # leave out so many steps whose loss or gradient is not finite; after them, stop
 # learning rate
 decay_lr = True  # warm up, then decay; False: constant
 schedule = 'cosine'  # 'cosine', or 'wsd': warm-up, stable, then a linear decay
@@ -96,10 +106,10 @@ exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator
 for key in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'eval_interval', 'log_interval'):
     if config[key] < 1:
         sys.exit(f'{key}={config[key]}: expected at least 1')
-for key in ('learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner', 'rope_theta'):
+for key in ('save_interval', 'save_minutes', 'keep_last', 'skip_nonfinite', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner', 'rope_theta'):
     if config[key] < 0:
         sys.exit(f'{key}={config[key]}: expected at least 0')
-for key, choices in (('data_order', ('random', 'epochs')), ('optimizer', OPTIMIZERS), ('schedule', ('cosine', 'wsd')), ('norm', NORMS), ('activation', ACTIVATIONS)):
+for key, choices in (('data_order', ('random', 'epochs', 'documents')), ('parallel', ('ddp', 'fsdp')), ('optimizer', OPTIMIZERS), ('schedule', ('cosine', 'wsd')), ('norm', NORMS), ('activation', ACTIVATIONS)):
     if config[key] not in choices:
         sys.exit(f'{key}={config[key]}: expected {" or ".join(choices)}')
 if not 0 <= seed < 2**32:
@@ -123,6 +133,9 @@ if eval_iters == 0 or not 0 <= dropout < 1:
 
 # --- device, processes, and this process's share of a step
 run = setup(device, dtype, backend, seed, training=True)  # from here on only the first process prints
+run.sharded = parallel == 'fsdp' and run.world_size > 1
+if run.sharded and run.dtype == 'float16':
+    sys.exit('parallel=fsdp: the loss is not scaled for float16 there; use --dtype=bfloat16 or float32')
 total_rows = batch_size * gradient_accumulation_steps
 if total_rows % run.world_size:
     sys.exit(f'batch_size={batch_size} * gradient_accumulation_steps={gradient_accumulation_steps} = {total_rows} rows '
@@ -134,14 +147,19 @@ micro_rows = rows // micro_steps
 # --- data
 task = importlib.import_module(f'objectives.{objective}')
 data = open_dataset(dataset)
-if data_order == 'epochs' and len(data.weights) > 1:
-    sys.exit(f'data_order=epochs: {dataset} is a mixture, drawn by weights, so it has no epochs; use --data_order=random')
-out_dir = os.path.expanduser(out_dir)
-if init_from == 'resume':
-    out_dir = find(out_dir)
+if data_order != 'random' and len(data.weights) > 1:
+    sys.exit(f'data_order={data_order}: {dataset} is a mixture, drawn by weights, so it has no epochs; use --data_order=random')
+
+# --- what to start from: where torchrun starts the processes again, after one was lost, the run goes on with what it has saved
+restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+out_dir = find(out_dir) if restarted or init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
+if init_from == 'auto' or restarted and init_from != 'resume':
+    saved = all_reduce([run.master and has_saved(out_dir, same_run=init_from != 'auto')], run).item()
+    init_from = 'resume' if saved else 'scratch' if init_from == 'auto' else init_from
 
 # --- model: new, from a checkpoint, or from the weights of a GPT-2, Llama or Qwen3
-iter_num, best_val_loss, checkpoint, source, origin = 0, float('inf'), None, {}, init_from
+iter_num, best_val_loss, skipped, run_id = 0, float('inf'), 0, uuid.uuid4().hex[:8]
+checkpoint, path, source, origin = {}, None, {}, init_from
 GPT.gradient_checkpointing = gradient_checkpointing
 shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm', 'tied', 'n_kv_head', 'head_size', 'n_inner')
 if init_from == 'scratch':
@@ -152,13 +170,14 @@ if init_from == 'scratch':
     model = GPT(model_config)
     print(f'new model: {describe(model)}')
 elif init_from == 'resume':
-    path = os.path.join(out_dir, 'ckpt.pt')
-    checkpoint = load_checkpoint(path)
+    lock = claim(out_dir) if os.path.isdir(out_dir) and run.master and not eval_only else None  # nobody changes it from here on
+    checkpoint, path = load_last(out_dir)
     missing = [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in checkpoint]
     if missing:
         sys.exit(f'{path}: no {", ".join(missing)} in it, so it cannot be resumed; to start from its weights: --init_from={path}')
     model, source, origin = build_model(checkpoint, path, dropout=dropout), checkpoint, path
     iter_num, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
+    skipped, run_id = checkpoint.get('skipped', 0), checkpoint.get('run_id', run_id)
     print(f'resuming {path} at step {iter_num}: {describe(model)}')
 else:
     model, source = load_model(init_from, dropout=dropout)
@@ -184,16 +203,30 @@ if lr_decay_iters == -1:
 config.update({key: getattr(model.config, key) for key in shape}, learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, lr_decay_iters=lr_decay_iters)  # what is saved is what was used
 if data.shortest <= block_size:
     sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
+if not eval_only:
+    task.draw(data, total_rows, block_size, seed, iter_num, data_order)  # what cannot be drawn from is refused before anything is written
 eot_on_top = data.tokenizer is not None and data.tokenizer.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
 if data.vocab_size - eot_on_top > model.config.vocab_size:
     sys.exit(f'dataset={dataset} has {data.vocab_size:,} token ids and the model only {model.config.vocab_size:,}; they need the same tokenizer')
 if isinstance(source, dict) and source.get('tokenizer') and data.tokenizer and source['tokenizer'] != data.tokenizer.json:
     sys.exit(f'dataset={dataset} is cut into tokens by another tokenizer than the text that {origin} was trained on; prepare it with that one')
+data_hash = fingerprint(data)
+if checkpoint.get('data', data_hash) != data_hash and not eval_only:
+    sys.exit(f'dataset={dataset}: its tokens are not those that {path} was trained on so far, so this would be no exact continuation; '
+             f'for another dataset: --init_from={path} and another --out_dir')
 data.vocab_size = min(data.vocab_size, model.config.vocab_size)  # larger ids are refused when they are met
-model.to(run.device)
+same_everywhere({f'dataset={dataset}': data_hash, f'out_dir={out_dir}': f'{path} {iter_num}', 'the settings': f'{run.dtype} {config}'}, run)
+if path:
+    before = checkpoint.get('config', {})
+    changed = [f'{key} {before[key]} -> {value}' for key, value in config.items() if before.get(key, value) != value and key not in ('init_from', 'out_dir')]
+    changed += [f'processes {n} -> {run.world_size}, which share the same {total_rows} rows a step' for n in [checkpoint.get('world_size')] if n not in (None, run.world_size)]
+    print('not as before: ' + '; '.join(changed) if changed else 'all settings as before')
+    if iter_num >= max_iters and not eval_only:
+        print(f'nothing is left to do: {iter_num} steps are done, and max_iters={max_iters}; raise --max_iters to go on')
+model = shard(model, run) if run.sharded else model.to(run.device)
 opt = configure_optimizer(model, optimizer, weight_decay, learning_rate, (beta1, beta2), muon_lr) if not eval_only else None
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16')  # does nothing unless enabled
-if checkpoint and opt:
+if path and opt:
     try:
         opt.load_state_dict(checkpoint['optimizer'])
     except (KeyError, ValueError) as error:
@@ -201,21 +234,15 @@ if checkpoint and opt:
     if scaler.is_enabled() and checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])
 checkpoint = source = None  # free the memory
-try:
-    os.makedirs(out_dir, exist_ok=True)
-    tempfile.TemporaryFile(dir=out_dir).close()
-except OSError as error:
-    sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
+if run.master and not eval_only:
+    lock = claim(out_dir)
+    check_disk(out_dir, sum(x.numel() * x.element_size() for x in (*opt.params, *(x for state in opt.state for x in state.values()))), keep_last)
+    introduce(out_dir, run_id, config)
 
 network = compile_or_not(model, micro_rows, block_size, run) if compile and not eval_only else model  # computes the losses that are differentiated
-if run.ddp:
+if run.ddp and not run.sharded:
     network = DDP(network, device_ids=[run.device] if run.device_type == 'cuda' else None)  # and averages gradients over the processes
 params = list(model.parameters())
-
-
-def load_batches(split, starts, rows):
-    """These rows of a split as batches of at most `rows`."""
-    return (task.load(data, split, starts[i:i + rows], block_size) for i in range(0, len(starts), rows))
 
 
 def to_device(batch):
@@ -229,15 +256,18 @@ def evaluate():
     """{'train_loss': ..., 'val_loss': ..., 'train_bpb': ...} on fixed rows, shared out over the processes. Touches no random state."""
     model.eval()
     sums = {}
-    whole = -(-data.splits['val'] // block_size) if data.splits.get('val', 0) > 1 else -1  # rows
+    longest = -(-data.splits['val'] // block_size) if data.splits.get('val', 0) > 1 else -1  # rows
     for split, length in data.splits.items():
         if length > 1:  # a folder without validation tokens trains too
-            starts = task.fixed(data, split, eval_iters * batch_size if eval_iters > 0 else whole, block_size)[run.rank::run.world_size]
+            starts = task.fixed(data, split, eval_iters * batch_size if eval_iters > 0 else longest, block_size)
             sums[split] = torch.zeros(len(task.MEASURES), 2, dtype=torch.float64)  # of each measure: sum, divisor
             # a small network takes many rows at once, as long as their logits stay small
-            for batch in load_batches(split, starts, max(micro_rows, 2**18 // (block_size * model.config.vocab_size))):
-                with run.ctx():
-                    sums[split] += task.measure(model, to_device(batch), data).cpu()
+            at_once = max(micro_rows, 2**18 // (block_size * model.config.vocab_size)) * run.world_size
+            for i in range(0, len(starts), at_once):
+                mine = starts[i + run.rank:i + at_once:run.world_size]
+                with run.ctx():  # where nothing is left for this process it computes all the same: a sharded network needs them all
+                    numbers = task.measure(model, to_device(task.load(data, split, mine if len(mine) else starts[:1], block_size)), data).cpu()
+                sums[split] += numbers * (len(mine) > 0)
             sums[split] = all_reduce(sums[split], run).tolist()
     model.train()
     return {f'{split}_{name}': sums[split][i][0] / sums[split][i][1]
@@ -260,17 +290,12 @@ def get_lr(it):
     return min_lr + coeff * (learning_rate - min_lr)
 
 
-def save(best=False):
-    """ckpt.pt: everything that sampling or going on needs. The random state is (seed, step), see below, so it needs no room of its own."""
-    if run.master:
-        path = os.path.join(out_dir, 'ckpt.pt')
-        save_checkpoint({'model': model.state_dict(), 'model_args': vars(model.config), 'optimizer': opt.state_dict(),
-                         'scaler': scaler.state_dict(), 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': config,
-                         'tokenizer': data.tokenizer.json if data.tokenizer else ''}, path)
-        if best:
-            copy_checkpoint(path, os.path.join(out_dir, 'best.pt'))
-        elif not math.isfinite(best_val_loss) and os.path.exists(os.path.join(out_dir, 'best.pt')):
-            os.remove(os.path.join(out_dir, 'best.pt'))  # another run's, of which sampling would be misled
+def save(best=False, wait=False):
+    """Save everything that sampling or going on needs. The random state is (seed, step), see below, so it needs no room of its own."""
+    if run.master or run.sharded:
+        saver({'model': model.state_dict(), 'model_args': vars(model.config), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
+               'iter_num': iter_num, 'best_val_loss': best_val_loss, 'skipped': skipped, 'config': config, 'tokenizer': data.tokenizer.json if data.tokenizer else '',
+               'run_id': run_id, 'data': data_hash, 'world_size': run.world_size}, best, wait)
 
 
 # --- the loop
@@ -280,10 +305,11 @@ print(f'{run.device} {run.dtype}, {run.world_size} process{"es" * (run.world_siz
 if run.device_type == 'cpu':
     warn_if_slow(model.flops_per_token() * tokens_per_iter * (0 if eval_only else max_iters - iter_num), run)
 columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu', *(f'{split}_{name}' for name in task.MEASURES for split in ('train', 'val'))]
-log = Log(out_dir, columns, iter_num, config) if run.master and not eval_only else None
-caught = catch_signals(eval_only)
+log = Log(out_dir, columns, iter_num, config, run_id) if run.master and not eval_only else None
+saver = Saver(out_dir, run, log, keep_last, background_save, resumed_from=path, step=iter_num)
+caught, jumped = catch_signals(eval_only), watch_spikes()
 first_iter = iter_num
-started = t0 = time.perf_counter()
+started = t0 = saved_at = time.perf_counter()  # of a clock that is never set back
 logged_iter = iter_num  # up to here the time of the steps has been printed
 while True:
     if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
@@ -295,6 +321,7 @@ while True:
         if not eval_only and (iter_num > first_iter or best and init_from == 'resume'):  # what a run starts from is not its own best
             best_val_loss = numbers['val_loss'] if best else best_val_loss
             save(best)
+            saved_at = time.perf_counter()
         t0, logged_iter = time.perf_counter(), iter_num
     if iter_num >= max_iters or eval_only:
         break
@@ -304,7 +331,7 @@ while True:
     starts = task.draw(data, total_rows, block_size, seed, iter_num, data_order)
     if dropout:
         reseed((seed * 1_000_003 + iter_num) * 1009 + 1 + run.rank, run)
-    batches = list(load_batches('train', starts[run.rank * rows:(run.rank + 1) * rows], micro_rows))
+    batches = [task.load(data, 'train', starts[i:i + micro_rows], block_size) for i in range(run.rank * rows, (run.rank + 1) * rows, micro_rows)]
     divisor = all_reduce([sum(int(task.divisor(batch)) for batch in batches)], run).item()  # targets in the whole step, on all processes
     for group in opt.param_groups:
         group['lr'] = get_lr(iter_num) * group['lr_scale']
@@ -312,19 +339,25 @@ while True:
             group['momentum'] = 0.85 + 0.1 * min(1.0, iter_num / 300)  # Muon's warms up: early gradients are soon out of date
     total_loss = 0.0
     for i, batch in enumerate(batches):
-        if run.ddp:
+        if isinstance(network, DDP):
             network.require_backward_grad_sync = i == len(batches) - 1  # average gradients once a step
         with run.ctx():
             loss = task.loss(network, to_device(batch))
         scaler.scale(loss * (run.world_size / divisor)).backward()  # DDP averages over processes; the sum over them is wanted
         total_loss += loss.detach()
     scaler.unscale_(opt)
-    grad_norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
-    lossf, stop = all_reduce([total_loss.item() / divisor, caught.signal or 0], run).tolist()
-    if not (math.isfinite(lossf) and (scaler.is_enabled() or math.isfinite(grad_norm))):  # fp16 overflows now and then: the scaler skips those
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
+    due = run.master and 0 < save_minutes * 60 < time.perf_counter() - saved_at
+    lossf, stop, due = all_reduce([total_loss.item() / divisor, caught.signal or 0, due], run).tolist()
+    if math.isfinite(lossf) and (scaler.is_enabled() or math.isfinite(grad_norm)):  # fp16 overflows now and then: the scaler skips those
+        scaler.step(opt)
+    elif skipped < skip_nonfinite:
+        skipped += 1
+        print(f'warning: step {iter_num} is left out: the loss is {lossf}, the gradient norm {grad_norm} ({skipped} of skip_nonfinite={skip_nonfinite})', flush=True)
+    else:
+        saver.wait()
         sys.exit(f'step {iter_num}: the loss is {lossf}, the gradient norm {grad_norm}. The checkpoint in {out_dir} is from before; '
-                 'try a lower --learning_rate, a longer --warmup_iters, or --dtype=float32')
-    scaler.step(opt)
+                 'try a lower --learning_rate, a longer --warmup_iters, --dtype=float32, or --skip_nonfinite=10')
     scaler.update()
     opt.zero_grad()
 
@@ -340,16 +373,27 @@ while True:
             + f', lr {numbers["lr"]:.2e}, norm {numbers["grad_norm"]:.3f}, {numbers["tokens_per_s"]:,.0f} tok/s, left {left}', flush=True)
         if log:
             log(iter_num, numbers)
+    usual = jumped(lossf)
+    if usual is not None:
+        print(f'warning: step {iter_num}: the loss jumped to {lossf:.4f}, from {usual:.4f} in the steps before', flush=True)
     iter_num += 1
+    evaluates = iter_num % eval_interval == 0 or iter_num >= max_iters  # and saves
+    if stop or not evaluates and (due or save_interval and iter_num % max(1, save_interval // 2) == 0):
+        save(wait=save_interval == 1)
+        saved_at = time.perf_counter()
     if stop:
-        save()
-        print(f'stopped and saved at step {iter_num}; to go on: the same command with --init_from=resume')
+        print(f'stopping at step {iter_num}; to go on: the same command with --init_from=resume')
         break
 
+saver.wait(last=True)
 if log:
     log.close()
+if run.master and iter_num >= max_iters and not eval_only:
+    save_weights(out_dir)
 if iter_num > first_iter:
     print(f'{iter_num - first_iter} steps in {datetime.timedelta(seconds=round(time.perf_counter() - started))}'
+          + f', {skipped} left out' * (skipped > 0)
+          + f', {saver.saved} saved ({saver.written:.1f}s to write, of which training waited {saver.waited:.1f}s)' * (saver.saved > 0)
           + f', best validation loss {best_val_loss:.4f}' * math.isfinite(best_val_loss)
           + f', checkpoints in {out_dir}; now: python sample.py --out_dir={out_dir}')
 leave(run, 130 if caught.signal == signal.SIGINT else 0)

@@ -1,4 +1,5 @@
 """Checkpoints: one file that says everything about a run, written whole or not at all, and never unpickled beyond tensors."""
+import glob
 import os
 import pickle
 import shutil
@@ -12,9 +13,12 @@ from core.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 from core.tokens import open_dataset
 from model import GPT, GPTConfig
 
+EARLIER = 'ckpt_{:08d}.pt'  # names of the checkpoints before the last, by their steps
+
 
 def save_checkpoint(checkpoint, path):
     """Write to a temporary name, flush, rename: whatever happens, `path` is a whole checkpoint. A full disk ends the script with one line."""
+    torch.serialization.set_crc32_options(False)  # nobody reads the checksums, and they are half the work
     try:
         with atomic(path) as f:
             torch.save(checkpoint, f)
@@ -26,6 +30,8 @@ def save_checkpoint(checkpoint, path):
 
 def copy_checkpoint(path, copy):
     """Give the file a second name: by a link, for nothing, where the file system has links."""
+    if os.path.exists(copy) and os.path.samefile(path, copy):
+        return  # which a rename would leave with both names
     temporary = f'{copy}.tmp{os.getpid()}'
     try:
         os.link(path, temporary)
@@ -52,6 +58,26 @@ def load_checkpoint(path, device='cpu'):
         reason = 'it holds other things than tensors and plain values' if isinstance(error, pickle.UnpicklingError) else str(error).partition('\n')[0]
         sys.exit(f'{path}: not a checkpoint of this program or nanoGPT, or a damaged one ({type(error).__name__}: {reason[:150]})')
     return checkpoint
+
+
+def earlier_checkpoints(out_dir):
+    """The paths of the checkpoints before the last, the newest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(out_dir), 'ckpt_' + '[0-9]' * 8 + '.pt')), reverse=True)
+
+
+def load_last(out_dir, device='cpu'):
+    """The checkpoint to resume and its path: ckpt.pt or, with a warning, the newest whole one before it. Ends the script as load_checkpoint does."""
+    first = None
+    for path in (os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir)):
+        try:
+            checkpoint = load_checkpoint(path, device)
+        except SystemExit as error:
+            first = first or error
+            continue
+        if first:
+            print(f'warning: {first}; taking the one before, {path}', file=sys.stderr)
+        return checkpoint, path
+    raise first
 
 
 def checkpoint_path(out_dir, ckpt=''):

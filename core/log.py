@@ -9,7 +9,7 @@ from core.files import atomic
 class Log:
     """log.csv with these columns (the first is the step), continued from step `start` on: rows of a run's lost steps are dropped."""
 
-    def __init__(self, out_dir, columns, start, config):
+    def __init__(self, out_dir, columns, start, config, run_id):
         self.columns, self.wandb, self.tensorboard = columns, None, None
         path, kept = os.path.join(out_dir, 'log.csv'), []
         if start > 0 and os.path.exists(path):
@@ -25,7 +25,7 @@ class Log:
             sys.exit(f'{path}: cannot be written: {error.strerror}')
         self.writer = csv.DictWriter(self.file, columns)
         if config['wandb_log']:
-            self.wandb = start_wandb(config, out_dir)
+            self.wandb = start_wandb(config, out_dir, run_id)
         if config['tensorboard_log']:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -41,10 +41,13 @@ class Log:
         except OSError as error:
             sys.exit(f'{self.file.name}: cannot be written: {error.strerror}')
         if self.wandb:
-            self.wandb.log({self.columns[0]: step, **numbers})
+            self.wandb.log({self.columns[0]: step, **numbers}, step=step)  # which drops the steps that it has already
         if self.tensorboard:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, step)
+
+    def sync(self):
+        os.fsync(self.file.fileno())
 
     def close(self):
         self.file.close()
@@ -54,8 +57,8 @@ class Log:
             self.tensorboard.close()
 
 
-def start_wandb(config, out_dir):
-    """A wandb run; offline, never prompting, where nobody is logged in."""
+def start_wandb(config, out_dir, run_id):
+    """A wandb run, the same one when it is resumed; offline, never prompting, where nobody is logged in."""
     try:
         import wandb
     except ImportError:
@@ -64,4 +67,4 @@ def start_wandb(config, out_dir):
     if not mode and not wandb.api.api_key:
         mode = 'offline'
         print('wandb: not logged in, so this run is logged offline; `wandb login` first, or `wandb sync` the folder later')
-    return wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, dir=out_dir, mode=mode)
+    return wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, dir=out_dir, mode=mode, id=run_id, resume='allow')

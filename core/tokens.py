@@ -1,5 +1,6 @@
 """Reading a dataset folder: token files and what is known about them."""
 import glob
+import hashlib
 import json
 import os
 import pickle
@@ -12,6 +13,11 @@ import torch
 
 from core.files import find
 from core.tokenizer import EOT, char_tokenizer, gpt2_tokenizer, load_tokenizer
+
+
+class Dataset(SimpleNamespace):
+    """What open_dataset returns; hashable, so that what is found out about it can be cached."""
+    __hash__ = object.__hash__
 
 
 def open_dataset(name):
@@ -45,7 +51,7 @@ def open_dataset(name):
     else:
         token_bytes = token_chars = torch.zeros(first.vocab_size, dtype=torch.int64)
     shortest = min(sum(tokens for _, tokens in part.files['train']) for part in parts)
-    data = SimpleNamespace(folder=' + '.join(part.folder for part in parts), shortest=shortest, dtype=first.dtype, vocab_size=first.vocab_size,
+    data = Dataset(folder=' + '.join(part.folder for part in parts), shortest=shortest, dtype=first.dtype, vocab_size=first.vocab_size,
                            tokenizer=first.tokenizer, token_bytes=token_bytes, token_chars=token_chars, weights=weights, splits={}, files={}, ends={})
     for split in ('train', 'val'):
         data.files[split], data.ends[split], at = [], [], 0
@@ -101,6 +107,27 @@ def _open_folder(name):
         if tokens != count:
             sys.exit(f'{folder}: {tokens:,} {split} tokens, but meta.json says {count:,}; a file is missing or of another dataset; {prepare}')
     return SimpleNamespace(folder=folder, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer, files=files)
+
+
+def fingerprint(data):
+    """A text that is another one for another dataset: a hash of tokenizer, weights, lengths and 64 pieces of every split."""
+    known = hashlib.sha256(repr((data.vocab_size, data.weights, data.ends, data.tokenizer and data.tokenizer.json)).encode())
+    for split, tokens in data.splits.items():
+        for start in np.linspace(0, max(tokens - 512, 0), 64).astype(np.int64) if tokens else ():
+            path, begin = [file for file in data.files[split] if file[1] <= start][-1]
+            known.update(np.fromfile(path, data.dtype, 512, offset=int(start - begin) * data.dtype.itemsize))
+    return known.hexdigest()
+
+
+def document_starts(data, split='train'):
+    """Where the documents of a split begin (documents,): at its start and after each end-of-text token. Reads all of it once."""
+    starts = [np.zeros(1, dtype=np.int64)]
+    for path, begin in data.files[split]:
+        tokens = np.memmap(path, dtype=data.dtype, mode='r')
+        for i in range(0, len(tokens), 2**24):
+            starts.append(np.flatnonzero(tokens[i:i + 2**24] == data.tokenizer.eot) + (begin + i + 1))
+    starts = np.concatenate(starts)
+    return starts[starts < data.splits[split]]
 
 
 def windows(data, split, starts, block_size):

@@ -11,11 +11,12 @@ An objective is a module with these functions; the loop in train.py knows nothin
 """
 import functools
 import math
+import sys
 
 import numpy as np
 import torch
 
-from core.tokens import windows
+from core.tokens import document_starts, windows
 
 MEASURES = ('loss', 'bpb', 'bpc')
 
@@ -23,12 +24,13 @@ MEASURES = ('loss', 'bpb', 'bpc')
 def draw(data, rows, block_size, seed, step, order='random'):
     """
     Places (rows,) in the training tokens, those of this step of a run with this seed. 'random': with replacement, as nanoGPT draws them; of a
-    mixture, first the folder by its weight. 'epochs' (of one folder): every token once before any comes again.
+    mixture, first the folder by its weight. 'epochs' (of one folder): every token once before any comes again. 'documents': likewise, in rows that
+    begin where a document does.
     """
+    if order != 'random':
+        per_epoch = len(epoch(data, block_size, seed, 0, order))
+        return np.array([epoch(data, block_size, seed, row // per_epoch, order)[row % per_epoch] for row in range(step * rows, (step + 1) * rows)])
     ends = torch.tensor(data.ends['train'])
-    if order == 'epochs':
-        per_epoch = len(epoch(int(ends[0]), block_size, seed, 0))
-        return np.array([epoch(int(ends[0]), block_size, seed, row // per_epoch)[row % per_epoch] for row in range(step * rows, (step + 1) * rows)])
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     if len(ends) == 1:
         return torch.randint(ends[0] - block_size, (rows,), generator=generator).numpy()
@@ -40,12 +42,36 @@ def draw(data, rows, block_size, seed, step, order='random'):
 
 
 @functools.lru_cache(maxsize=2)  # a step may begin in one epoch and end in the next
-def epoch(tokens, block_size, seed, number):
-    """The places of all windows of a text of so many tokens, end to end and in random order; where the first one begins is random as well."""
+def epoch(data, block_size, seed, number, order):
+    """The places of all rows of an epoch, in random order. Of 'epochs' they stand end to end, and where the first one begins is random as well."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    if order == 'documents':
+        places = document_rows(data, block_size)
+        return places[torch.randperm(len(places), generator=generator).numpy()]
+    tokens = data.splits['train']
     count = max(1, tokens // block_size - 1)
     first = torch.randint(min(block_size, tokens - count * block_size), (1,), generator=generator)
     return (first + block_size * torch.randperm(count, generator=generator)).numpy()
+
+
+@functools.lru_cache(maxsize=1)
+def document_rows(data, block_size):
+    """
+    Places of rows that begin with a document, or go on with one that is longer than a row, so that only such a document is cut: a document that would not
+    be whole at the end of a row begins the next one. Ends the script with one line when the text has no documents.
+    """
+    starts = document_starts(data) if data.tokenizer else np.zeros(1)
+    if len(starts) == 1:
+        sys.exit(f'data_order=documents: {data.folder} is one text without document ends; use --data_order=epochs')
+    ends = np.append(starts[1:], data.splits['train'])
+    rows = np.maximum(1, -(-(ends - starts - 1) // block_size))  # that each document takes by itself; its last token is only a target
+    following = np.searchsorted(ends, starts + rows * block_size + 1, side='right').tolist()  # the first document that is not whole by then
+    chosen, i = [], 0
+    while i < len(starts):
+        chosen.append(i)
+        i = following[i]
+    rows, first = rows[chosen], starts[chosen]
+    return np.repeat(first, rows) + block_size * (np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows))
 
 
 def fixed(data, split, rows, block_size):

@@ -97,15 +97,17 @@ def losses_of(out_dir, column='loss'):
         return [(int(row['iter']), float(row[column])) for row in csv.DictReader(f) if row[column]]
 
 
-@pytest.fixture(scope='session')
-def tiny_data(tmp_path_factory):
+def digits_dataset(folder):
     """A character dataset of a text that has something to learn: counting in words."""
-    folder = tmp_path_factory.mktemp('tiny')
     digits = 'zero one two three four five six seven eight nine'.split()
     text = '\n'.join(' '.join(digits[int(d)] for d in str(n)) for n in range(1000, 2000)) + '\n'
-    (folder / 'input.txt').write_text(text, encoding='utf-8')
-    make_dataset(folder, folder / 'input.txt')
+    make_dataset(folder, write(folder / 'input.txt', text))
     return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_data(tmp_path_factory):
+    return digits_dataset(tmp_path_factory.mktemp('tiny'))
 
 
 @pytest.fixture(scope='session')

@@ -77,7 +77,13 @@ def own_data(tiny_data, tmp_path):
     (['--activation=relu'], ['activation=relu', 'gelu or gelu_tanh or swiglu']),
     (['--optimizer=sgd'], ['optimizer=sgd', 'adamw or muon']),
     (['--schedule=linear'], ['schedule=linear', 'cosine or wsd']),
-    (['--data_order=documents'], ['data_order=documents', 'random or epochs']),
+    (['--data_order=sorted'], ['data_order=sorted', 'random or epochs or documents']),
+    (['--data_order=documents'], ['data_order=documents', 'tiny', 'without document ends']),
+    (['--parallel=zero'], ['parallel=zero', 'ddp or fsdp']),
+    (['--save_interval=-1'], ['save_interval=-1', 'at least 0']),
+    (['--save_minutes=-1'], ['save_minutes=-1.0', 'at least 0']),
+    (['--keep_last=-1'], ['keep_last=-1', 'at least 0']),
+    (['--skip_nonfinite=-1'], ['skip_nonfinite=-1', 'at least 0']),
     (['--cooldown=1.5'], ['cooldown=1.5', '[0, 1]']),
     (['--muon_lr=-1'], ['muon_lr=-1.0', 'at least 0']),
     (['--optimizer=muon', '--learning_rate=0'], ['learning_rate=0', 'muon_lr=0.02']),
@@ -352,17 +358,20 @@ def test_unwritable_out_dir(tiny_data, tmp_path):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no limit of file sizes')
-@pytest.mark.parametrize('limit', [100, 20000], ids=['log.csv', 'ckpt.pt'])
-def test_full_disk(own_run, tiny_data, limit):
-    """A disk that fills up while log.csv or the checkpoint is written: the old checkpoint survives, loads, and no temporary file stays."""
+@pytest.mark.parametrize('name, limit', [('run.json', 100), ('log.csv', 5000), ('ckpt.pt', 20000)])
+def test_full_disk(own_run, tiny_data, name, limit):
+    """A disk that fills up while run.json, log.csv or the checkpoint is written: the old checkpoint survives, loads, and no temporary file stays."""
     import errno
     import resource
+    if name == 'log.csv':
+        header, *rows = (own_run / name).read_text(encoding='utf-8').splitlines(keepends=True)
+        (own_run / name).write_text(header + rows[0] * (limit // len(rows[0])), encoding='utf-8')
     old = (own_run / 'ckpt.pt').read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # larger files cannot be written, and Python ignores the signal
     try:
         refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--max_iters=6',
-               names=[own_run / ('log.csv' if limit == 100 else 'ckpt.pt'), os.strerror(errno.EFBIG)])
+               names=[own_run / name, os.strerror(errno.EFBIG)], warnings=int(name == 'ckpt.pt'))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (own_run / 'ckpt.pt').read_bytes() == old and not list(own_run.glob('*.tmp*'))

@@ -1,0 +1,145 @@
+"""The folder of a run: claimed by one process at a time, and its checkpoints, written beside training so that a kill at any moment loses little."""
+import glob
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+
+import torch
+from filelock import FileLock, Timeout
+
+from core.checkpoint import EARLIER, checkpoint_path, copy_checkpoint, earlier_checkpoints, load_checkpoint, load_last, save_checkpoint
+from core.files import atomic
+from core.parallel import whole
+
+
+def claim(out_dir):
+    """Make the folder, lock it until this process ends, however it ends, and clear away what a killed one left half-written. Returns the lock.
+    Ends the script with one line where another run holds the folder, or nothing can be written to it."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()
+        lock = FileLock(os.path.join(out_dir, 'lock'), timeout=0, is_singleton=True)  # the same process may claim it twice
+        lock.acquire()
+        for name in glob.glob(os.path.join(glob.escape(out_dir), '*.tmp[0-9]*')):
+            os.remove(name)
+        return lock
+    except Timeout:
+        sys.exit(f'out_dir={out_dir}: another run is writing there; wait for its end or stop it, or choose another --out_dir')
+    except NotImplementedError:
+        print(f'warning: the file system of {out_dir} has no locks, so nothing keeps a second run from writing there')
+    except OSError as error:
+        sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
+
+
+def introduce(out_dir, run_id, config):
+    """Write run.json: which run the folder belongs to, and its settings. A full disk ends the script with one line."""
+    path = os.path.join(out_dir, 'run.json')
+    try:
+        with atomic(path, 'w') as f:
+            json.dump({'run_id': run_id, 'config': config}, f, indent=2, ensure_ascii=False)
+    except OSError as error:
+        sys.exit(f'{path}: cannot be written: {error.strerror}')
+
+
+def has_saved(out_dir, same_run):
+    """Whether there is a checkpoint to resume; with same_run only if it is of the run that run.json tells of."""
+    if not same_run:
+        return any(map(os.path.exists, (os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir))))
+    try:
+        with open(os.path.join(out_dir, 'run.json'), encoding='utf-8') as f:
+            return load_last(out_dir, 'meta')[0].get('run_id') == json.load(f)['run_id']
+    except (OSError, ValueError, KeyError, SystemExit):
+        return False
+
+
+def save_weights(out_dir):
+    """Write weights.pt: of the checkpoint that sampling takes, all but the optimizer, number for number. A third of its size, to be shared."""
+    checkpoint = load_checkpoint(checkpoint_path(out_dir))
+    path = os.path.join(out_dir, 'weights.pt')
+    save_checkpoint({key: value for key, value in checkpoint.items() if key not in ('optimizer', 'scaler')}, path)
+    return path
+
+
+class Saver:
+    """
+    Saves a run's checkpoints: ckpt.pt, the last; best.pt, with the best validation loss; ckpt_STEP.pt, the `keep_last` before the last.
+    In the background: the tensors are copied, to memory that is kept, and a thread writes the copy; never two at once. Training waits for the
+    copy, and for the checkpoint before where that is not written yet.
+    """
+
+    def __init__(self, out_dir, run, log, keep_last, background, resumed_from=None, step=0):
+        self.out_dir, self.run, self.log, self.keep_last, self.background = out_dir, run, log, keep_last, background
+        self.path = os.path.join(out_dir, 'ckpt.pt')
+        self.last_step = step if resumed_from == self.path else None  # of the ckpt.pt that is there, if it is this run's, and whole
+        self.new = resumed_from is None  # whatever is there belongs to another run
+        self.thread, self.copies, self.failures, self.reason = None, {}, 0, ''
+        self.saved, self.waited, self.written = 0, 0.0, 0.0  # checkpoints; seconds that training waited for them, and that writing them took
+
+    def __call__(self, checkpoint, best=False, wait=False):
+        """Save this state; wait: until it is on the disk. Every process of a sharded network comes by here, of another only the first."""
+        started = time.perf_counter()
+        self.wait()
+        if self.background or self.run.sharded:
+            checkpoint = self.copy(checkpoint)
+        if not self.run.master:
+            return
+        copied = torch.cuda.Event() if self.run.device_type == 'cuda' else None
+        if copied:
+            copied.record()  # when the GPU gets here, the copies are there
+        self.thread = threading.Thread(target=self.write, args=(checkpoint, best, copied))
+        self.thread.start()
+        if wait or not self.background:
+            self.wait()
+        waited = time.perf_counter() - started
+        self.waited += waited
+        print(f'saved step {checkpoint["iter_num"]} to {self.out_dir}, training waited {waited * 1000:.0f}ms', flush=True)
+
+    def copy(self, tree, path=()):
+        """The same dicts and lists with copies of their tensors in this machine's memory: whole ones of what is sharded, one copy of what is tied."""
+        if isinstance(tree, dict):
+            return {key: self.copy(value, (*path, key)) for key, value in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return [self.copy(value, (*path, i)) for i, value in enumerate(tree)]
+        if not isinstance(tree, torch.Tensor):
+            return tree
+        key, tree = (tree.data_ptr() or path, tree.shape), whole(tree)
+        if self.run.master:
+            if key not in self.copies:
+                self.copies[key] = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)
+            return self.copies[key].copy_(tree, non_blocking=tree.is_cuda)
+
+    def write(self, checkpoint, best, copied):
+        """In the thread: the last checkpoint becomes an earlier one, this one the last; the oldest goes."""
+        if hasattr(os, 'sched_setaffinity'):  # Linux: training comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        started = time.perf_counter()
+        if copied:
+            copied.synchronize()
+        try:
+            self.log.sync()  # the rows of a step are on the disk before its checkpoint
+            if self.keep_last and self.last_step not in (None, checkpoint['iter_num']):
+                copy_checkpoint(self.path, os.path.join(self.out_dir, EARLIER.format(self.last_step)))
+            save_checkpoint(checkpoint, self.path)
+            if best:
+                copy_checkpoint(self.path, os.path.join(self.out_dir, 'best.pt'))
+        except (SystemExit, OSError) as error:
+            self.failures, self.reason = self.failures + 1, str(error)
+            print(f'warning: {error}; the next checkpoint is another try', file=sys.stderr)
+            return
+        old = earlier_checkpoints(self.out_dir)[0 if self.new else self.keep_last:]
+        if self.new:  # sampling would be misled
+            old += [os.path.join(self.out_dir, name) for name in ('weights.pt', *['best.pt'] * (not best))]
+        for path in filter(os.path.exists, old):
+            os.remove(path)
+        self.new, self.failures, self.last_step = False, 0, checkpoint['iter_num']
+        self.saved, self.written = self.saved + 1, self.written + time.perf_counter() - started
+
+    def wait(self, last=False):
+        """Until nothing is being written. Ends the script where two checkpoints in turn, or the last one, could not be saved."""
+        if self.thread:
+            self.thread.join()
+        if self.failures > 1 or self.failures and last:
+            sys.exit(self.reason)
