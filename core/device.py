@@ -39,7 +39,7 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
     Find the device, join the process group that torchrun announces, seed, and choose the precision.
     device: 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'. dtype: 'auto', 'float32', 'bfloat16', 'float16'.
     Returns a namespace: device, device_type, dtype (its name), ctx() (the autocast context), peak_flops (None where unknown),
-    rank, world_size, master (this process saves; the others' stdout is shut), ddp.
+    rank, world_size, master (this process saves; the others' stdout is shut), ddp, sharded (whether the network is; the caller sets it).
     Ends the script with one line when the device or dtype is not to be had.
     """
     sys.excepthook = explain
@@ -89,7 +89,7 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
 
     torch.manual_seed(seed)
     return SimpleNamespace(device=device, device_type=device_type, dtype=dtype, ctx=ctx, peak_flops=peak,
-                           rank=rank, world_size=world_size, master=master, ddp=ddp)
+                           rank=rank, world_size=world_size, master=master, ddp=ddp, sharded=False)
 
 
 def known_peak(name):
@@ -123,6 +123,8 @@ def check_memory(model, rows, T, run):
     c = model.config
     per_token = c.n_layer * c.n_embd * (2 if model.gradient_checkpointing else 17) * (4 if run.dtype == 'float32' else 2)
     weights, activations = 16 * sum(p.numel() for p in model.parameters()), rows * T * per_token
+    if run.sharded and run.device_type == 'cuda':
+        weights /= run.world_size
     if weights + activations > there:
         lower = '--n_layer or --n_embd (weights and optimizer alone take more)' if weights > there else (
                 '--batch_size (and raise --gradient_accumulation_steps as much, for the same step) or --block_size, or set --gradient_checkpointing=True')
@@ -233,5 +235,8 @@ def explain(kind, error, traceback):
     elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or issubclass(kind, RuntimeError) and "can't allocate memory" in str(error):
         print('out of memory: lower --batch_size (and raise --gradient_accumulation_steps as much, for the same total batch), '
               '--block_size, or the size of the network (--n_layer, --n_embd), or set --gradient_checkpointing=True', file=sys.stderr)
+    elif issubclass(kind, dist.DistError) or issubclass(kind, RuntimeError) and re.search(r'gloo.*(connection|timed out)', str(error), re.IGNORECASE | re.DOTALL):
+        print(f'lost another process of this run, or cannot reach it: {" ".join(str(error).split())[:300]}\nIt was killed, or says itself why it ended. '
+              'torchrun --max-restarts=3 starts all of them again, and they go on from the last checkpoint', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -36,7 +36,7 @@ class Log:
     def __call__(self, step, numbers):
         """Write {name: number} of one step; names as in `columns`."""
         try:
-            self.writer.writerow({self.columns[0]: step, **{key: f'{value:.6g}' for key, value in numbers.items()}})
+            self.writer.writerow({self.columns[0]: step, **{key: f'{value:.8g}' for key, value in numbers.items()}})
             self.file.flush()
         except OSError as error:
             sys.exit(f'{self.file.name}: cannot be written: {error.strerror}')

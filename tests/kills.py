@@ -7,7 +7,7 @@ with a run that nobody disturbed:
 
 After every kill there must be a checkpoint to resume, not more than save_interval steps old; in the end losses and weights must be the same, bit for bit.
 """
-import os
+import importlib
 import random
 import subprocess
 import sys
@@ -15,13 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-
 import torch
-from conftest import digits_dataset, losses_of
+from conftest import ROOT, digits_dataset, losses_of
 
-from core.checkpoint import load_last
+sys.path.insert(0, str(ROOT))
+load_last = importlib.import_module('core.checkpoint').load_last
 
 SAVE_INTERVAL = 6  # so a checkpoint of 9 MB is begun at every third step, and there is nearly always one being written
 SETTINGS = ['--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=4', '--n_head=2', '--n_embd=128', '--block_size=32', '--batch_size=4',

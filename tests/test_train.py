@@ -56,7 +56,8 @@ def test_it_learns(tiny_data, tmp_path):
     assert sum(word in known for word in words) > 0.9 * len(words)
 
 
-@pytest.mark.parametrize('style', [[], [*QWEN3, '--data_order=epochs']], ids=['gpt2', 'qwen3'])
+@pytest.mark.parametrize('style', [[], [*QWEN3, '--data_order=epochs'], ['--dtype=bfloat16'], [*QWEN3, '--dtype=bfloat16', '--background_save=False']],
+                         ids=['gpt2', 'qwen3', 'gpt2-bf16', 'qwen3-bf16'])
 def test_resume_is_exact(style, tiny_data, tmp_path):
     """Ten steps, with dropout, against four and then six more: same losses, same weights, bit for bit, and a log without gaps."""
     args = '--dropout=0.2', '--gradient_accumulation_steps=2', '--eval_interval=4', *style
@@ -147,7 +148,7 @@ def test_non_finite_loss_stops_and_names_the_step(tiny_data, tmp_path):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX signals')
-@pytest.mark.parametrize('name,code', [('SIGINT', 130), ('SIGTERM', 0)])
+@pytest.mark.parametrize('name,code', [('SIGINT', 130), ('SIGTERM', 0), ('SIGUSR1', 0)])
 def test_signals_save_and_say_how_to_go_on(name, code, tiny_data, tmp_path):
     command = [sys.executable, 'train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', '--max_iters=1000000']
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8')
