@@ -7,6 +7,8 @@ How fast: the steps of any configuration, and what stands in docs/RECORDS.md, me
     python bench.py --nanogpt=../nanoGPT       # nanoGPT's laptop command, whole, in nanoGPT's folder and in ours, in turn
     python bench.py --nanogpt=../nanoGPT --ours='config/train_shakespeare_char_cpu.py --max_iters=110'   # there, and this one here
     python bench.py --what=attention           # the two ways to compute attention on this CPU, forward and backward
+    python bench.py --what=save                # how long training waits for a checkpoint of GPT-2 124M, written beside it and not
+    python bench.py --what=trust --steps=600   # the laptop command's steps with a checkpoint every 100, beside the same loop with nothing that looks after it
     python bench.py --what=prepare --text=big.txt --tokenizer=qwen2     # text to shards, beside tiktoken's own encode_ordinary_batch
 
 Milliseconds and memory are those of whole steps of train.py, which is stopped after some: batches, forward, backward, optimizer. A step is
@@ -20,19 +22,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from core.device import explain, measured_peak, setup
 from core.files import ROOT, find
+from core.optimizer import configure_optimizer
+from core.saver import Saver
 from core.tokenizer import char_tokenizer
 from core.tokens import open_dataset
-from model import attention
+from model import GPT, GPTConfig, attention
 from objectives import next_token
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-what = ''  # 'steps': of train.py; 'laptop': a whole command beside nanoGPT's; 'attention': the rule in model.py; 'batch': drawing one; 'prepare'
+what = ''  # 'steps': of train.py; 'laptop': a whole command beside nanoGPT's; 'attention': the rule in model.py; 'batch': drawing one; 'save'; 'trust'; 'prepare'
 steps = 20  # that are timed, after two that are not; the median counts
 seconds = 60.0  # or as many as start in this time, but at least 3
 nanogpt = ''  # a folder with nanoGPT; for 'laptop' with its prepared data/shakespeare_char
@@ -80,9 +85,9 @@ def median_ms(function, repeats):
     return statistics.median(duration(function) for _ in range(repeats)) * 1000
 
 
-def watch(folder, arguments, out, trace=''):
+def watch(folder, arguments, out, trace='', bare=False):
     """What core/watch.py finds out about train.py in `folder`; None if its dataset is not there."""
-    job = dict(folder=folder, result=os.path.join(out, 'result.json'), skip=2, steps=3 if trace else steps, seconds=seconds, trace=trace)
+    job = dict(folder=folder, result=os.path.join(out, 'result.json'), skip=2, steps=3 if trace else steps, seconds=seconds, trace=trace, bare=bare)
     print(f'running {os.path.join(folder, "train.py")}{" once more, for the trace" * bool(trace)}', flush=True)
     done = subprocess.run([sys.executable, os.path.join(ROOT, 'core', 'watch.py'), json.dumps(job), *arguments], cwd=None if folder == ROOT else folder,
                           capture_output=True, encoding='utf-8', errors='replace', env={**os.environ, 'PYTHONUTF8': '1'})
@@ -134,7 +139,7 @@ def nanogpt_arguments(result):
 
 def compare_steps(out):
     quiet = ['--eval_only=False', '--eval_iters=1', '--eval_interval=1000000000', '--log_interval=1', '--wandb_log=False', f'--out_dir={os.path.join(out, "run")}']
-    ours = [*_theirs, *quiet, '--tensorboard_log=False']
+    ours = [*_theirs, *quiet, '--tensorboard_log=False', '--save_minutes=0', '--background_save=False']
     if not any(argument.startswith('--gradient_accumulation_steps=') for argument in _theirs):
         ours.append('--gradient_accumulation_steps=1')
     first = watch(ROOT, ours, out)
@@ -221,6 +226,45 @@ elif what == 'attention':
 elif what == 'batch':
     data = open_dataset('shakespeare_char')
     print(f'a batch of 12 x 64: {median_ms(lambda: next_token.load(data, "train", next_token.draw(data, 12, 64, 1337, 0), 64), 1000):.3f} ms')
+elif what == 'save':
+    run = setup(training=True)
+    model = GPT(GPTConfig()).to(run.device)
+    opt = configure_optimizer(model, 'adamw', 0.1, 6e-4, (0.9, 0.95))
+    idx = torch.randint(50257, (1, 257), device=run.device)
+
+    def step():
+        with run.ctx():
+            model(idx[:, :-1], idx[:, 1:]).mean().backward()
+        opt.step()
+        opt.zero_grad()
+        next(model.parameters()).flatten()[0].item()  # waits for a GPU
+    checkpoint = {'model': model.state_dict(), 'optimizer': opt.state_dict(), 'iter_num': 0}
+    usual = median_ms(step, 20) / 1000
+    blocking, waited, lost = [], [], []
+    log = SimpleNamespace(sync=lambda: None)
+    with tempfile.TemporaryDirectory(dir='.') as out:
+        beside, alone = (Saver(out, run, log, 1, background) for background in (True, False))
+        beside.reserve(checkpoint)
+        beside.wait()
+        for _ in range(runs):
+            blocking.append(duration(lambda: alone(checkpoint)))
+            waited.append(duration(lambda: beside(checkpoint)))
+            times = []
+            while beside.thread.is_alive():
+                times.append(duration(step))
+            lost.append(waited[-1] + sum(times) - usual * len(times))
+            print(f'a step {usual:.2f} s; blocking {blocking[-1]:.2f} s; beside training: waited {waited[-1]:.2f} s, and {len(times)} steps took {sum(times):.2f} s', flush=True)
+    print_ratios('training waits, beside / blocking', waited, blocking)
+    print_ratios('waited, and lost by slower steps, beside / blocking', lost, blocking)
+elif what == 'trust':
+    means = {True: [], False: []}
+    with tempfile.TemporaryDirectory() as out:
+        for i in range(runs):
+            for bare in (True, False) if i % 2 else (False, True):
+                arguments = [*LAPTOP, '--eval_interval=1000000000', '--eval_iters=1', '--save_interval=200', f'--out_dir={os.path.join(out, "run")}']
+                means[bare].append(statistics.mean(watch(ROOT, arguments, out, bare=bare)['times']))
+                print(f'{means[bare][-1]:.2f} ms a step {"without" if bare else "with"}', flush=True)
+    print_ratios('ms per step, looked after / not', means[False], means[True])
 elif what == 'prepare':
     if not os.path.isfile(find(text)) or tokenizer not in ('qwen2', 'gpt2'):
         sys.exit(f'text={text}, tokenizer={tokenizer}: expected a text file, and qwen2 or gpt2')
@@ -236,4 +280,4 @@ elif what == 'prepare':
                 print(f'{name}: {times[name][-1]:.1f} s, {os.path.getsize(find(text)) / 1e6 / times[name][-1]:.1f} MB/s', flush=True)
     print_ratios('our throughput over that of tiktoken, pair by pair', times['tiktoken'], times['StoneGPT'])
 else:
-    sys.exit(f'what={what}: expected steps, laptop, attention, batch or prepare')
+    sys.exit(f'what={what}: expected steps, laptop, attention, batch, save, trust or prepare')

@@ -290,12 +290,11 @@ def get_lr(it):
     return min_lr + coeff * (learning_rate - min_lr)
 
 
-def save(best=False, wait=False):
-    """Save everything that sampling or going on needs. The random state is (seed, step), see below, so it needs no room of its own."""
-    if run.master or run.sharded:
-        saver({'model': model.state_dict(), 'model_args': vars(model.config), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(),
-               'iter_num': iter_num, 'best_val_loss': best_val_loss, 'skipped': skipped, 'config': config, 'tokenizer': data.tokenizer.json if data.tokenizer else '',
-               'run_id': run_id, 'data': data_hash, 'world_size': run.world_size}, best, wait)
+def state():
+    """Everything that sampling or going on needs. The random state is (seed, step), see below, so it needs no room of its own."""
+    return {'model': model.state_dict(), 'model_args': vars(model.config), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(), 'iter_num': iter_num,
+            'best_val_loss': best_val_loss, 'skipped': skipped, 'config': config, 'tokenizer': data.tokenizer.json if data.tokenizer else '',
+            'run_id': run_id, 'data': data_hash, 'world_size': run.world_size}
 
 
 # --- the loop
@@ -308,6 +307,8 @@ columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu', *(f'{
 log = Log(out_dir, columns, iter_num, config, run_id) if run.master and not eval_only else None
 saver = Saver(out_dir, run, log, keep_last, background_save, resumed_from=path, step=iter_num)
 caught, jumped = catch_signals(eval_only), watch_spikes()
+if not eval_only:
+    saver.reserve(state())
 first_iter = iter_num
 started = t0 = saved_at = time.perf_counter()  # of a clock that is never set back
 logged_iter = iter_num  # up to here the time of the steps has been printed
@@ -320,7 +321,7 @@ while True:
         best = numbers.get('val_loss', math.inf) < best_val_loss
         if not eval_only and (iter_num > first_iter or best and init_from == 'resume'):  # what a run starts from is not its own best
             best_val_loss = numbers['val_loss'] if best else best_val_loss
-            save(best)
+            saver(state(), best)
             saved_at = time.perf_counter()
         t0, logged_iter = time.perf_counter(), iter_num
     if iter_num >= max_iters or eval_only:
@@ -379,7 +380,7 @@ while True:
     iter_num += 1
     evaluates = iter_num % eval_interval == 0 or iter_num >= max_iters  # and saves
     if stop or not evaluates and (due or save_interval and iter_num % max(1, save_interval // 2) == 0):
-        save(wait=save_interval == 1)
+        saver(state(), wait=save_interval == 1)
         saved_at = time.perf_counter()
     if stop:
         print(f'stopping at step {iter_num}; to go on: the same command with --init_from=resume')

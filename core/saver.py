@@ -79,7 +79,9 @@ class Saver:
         self.saved, self.waited, self.written = 0, 0.0, 0.0  # checkpoints; seconds that training waited for them, and that writing them took
 
     def __call__(self, checkpoint, best=False, wait=False):
-        """Save this state; wait: until it is on the disk. Every process of a sharded network comes by here, of another only the first."""
+        """Save this state; wait: until it is on the disk. Every process of a sharded network gives its part; of another the first one is enough."""
+        if not (self.run.master or self.run.sharded):
+            return
         started = time.perf_counter()
         self.wait()
         if self.background or self.run.sharded:
@@ -97,6 +99,12 @@ class Saver:
         self.waited += waited
         print(f'saved step {checkpoint["iter_num"]} to {self.out_dir}, training waited {waited * 1000:.0f}ms', flush=True)
 
+    def reserve(self, checkpoint):
+        """Find the memory for the copies while training begins; the first checkpoint would wait for it, a second for a GB."""
+        if self.background and self.run.master and not self.run.sharded:  # gathering takes all processes
+            self.thread = threading.Thread(target=self.copy, args=(checkpoint,))
+            self.thread.start()
+
     def copy(self, tree, path=()):
         """The same dicts and lists with copies of their tensors in this machine's memory: whole ones of what is sharded, one copy of what is tied."""
         if isinstance(tree, dict):
@@ -113,8 +121,6 @@ class Saver:
 
     def write(self, checkpoint, best, copied):
         """In the thread: the last checkpoint becomes an earlier one, this one the last; the oldest goes."""
-        if hasattr(os, 'sched_setaffinity'):  # Linux: training comes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         started = time.perf_counter()
         if copied:
             copied.synchronize()
