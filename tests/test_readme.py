@@ -27,7 +27,7 @@ def test_both_readmes_have_the_same_commands_and_figures():
 
 
 def test_every_file_they_name_is_there():
-    for readme in ('README.md', 'README.zh.md'):
+    for readme in ('README.md', 'README.zh.md', 'docs/operations.md'):
         for name in re.findall(r'(?:config|data|docs)/[\w./-]+\.(?:py|md)', (ROOT / readme).read_text(encoding='utf-8')):
             assert (ROOT / name).exists(), name
 
@@ -66,7 +66,7 @@ def test_commands_run(tmp_path):
     environment = {**os.environ, 'DATA_MIRROR': str(tmp_path / 'mirror'), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1',
                    'XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')}
     done = set()
-    for command in commands('README.md'):
+    for command in commands('README.md') + commands('docs/operations.md'):
         if command in done or command.startswith(BY_MAKE):
             continue
         done.add(command)
@@ -88,7 +88,7 @@ def test_commands_run(tmp_path):
         words = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run']}[words[0]] + words[1:]
         result = subprocess.run(words, cwd=house, env=environment, capture_output=True, text=True, encoding='utf-8', timeout=300)
         assert result.returncode == 0, f'{command}\n{result.stdout[-2000:]}\n{result.stderr[-9000:]}'
-    assert len(done) > 25
+    assert len(done) > 30
 
 
 @pytest.mark.slow

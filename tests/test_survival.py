@@ -372,10 +372,11 @@ PROCESSES = ['--max_iters=50', '--eval_interval=25', '--gradient_accumulation_st
 
 
 def test_one_two_and_four_processes(tiny_data, tmp_path):
-    """The same 50 losses, to 1e-6 in float32."""
+    """The same 50 losses, to 1e-6 in float32; two of them with activations computed again in the backward pass."""
     train(tiny_data, tmp_path / '1', *PROCESSES)
-    for n in (2, 4):
-        finished(torchrun('--standalone', f'--nproc_per_node={n}', 'train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / str(n)}', *PROCESSES))
+    for n, checkpointing in ((2, True), (4, False)):
+        finished(torchrun('--standalone', f'--nproc_per_node={n}', 'train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / str(n)}', *PROCESSES,
+                          f'--gradient_checkpointing={checkpointing}'))
         close(tmp_path / '1', tmp_path / str(n), loss=1.01e-6, weights=1e-5)
         assert len(losses_of(tmp_path / str(n))) == 50
 
