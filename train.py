@@ -28,7 +28,7 @@ from core.guard import check_disk, same_everywhere, watch_spikes
 from core.log import Log
 from core.optimizer import OPTIMIZERS, configure_optimizer
 from core.parallel import shard, whole
-from core.saver import Saver, claim, has_saved, introduce, save_weights
+from core.saver import Saver, claim, introduce, save_weights, what_to_start_from
 from core.tokens import fingerprint, open_dataset
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
 
@@ -150,12 +150,8 @@ data = open_dataset(dataset)
 if data_order != 'random' and len(data.weights) > 1:
     sys.exit(f'data_order={data_order}: {dataset} is a mixture, drawn by weights, so it has no epochs; use --data_order=random')
 
-# --- what to start from: where torchrun starts the processes again, after one was lost, the run goes on with what it has saved
-restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
-out_dir = find(out_dir) if restarted or init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
-if init_from == 'auto' or restarted and init_from != 'resume':
-    saved = all_reduce([run.master and has_saved(out_dir, same_run=init_from != 'auto')], run).item()
-    init_from = 'resume' if saved else 'scratch' if init_from == 'auto' else init_from
+out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
+init_from, launch = what_to_start_from(init_from, out_dir, run)
 
 # --- model: new, from a checkpoint, or from the weights of a GPT-2, Llama or Qwen3
 iter_num, best_val_loss, skipped, run_id = 0, float('inf'), 0, uuid.uuid4().hex[:8]
@@ -237,7 +233,7 @@ checkpoint = source = None  # free the memory
 if run.master and not eval_only:
     lock = claim(out_dir)
     check_disk(out_dir, sum(x.numel() * x.element_size() for x in (*opt.params, *(x for state in opt.state for x in state.values()))), keep_last)
-    introduce(out_dir, run_id, config)
+    introduce(out_dir, run_id=run_id, launch=launch, config=config)
 
 network = compile_or_not(model, micro_rows, block_size, run) if compile and not eval_only else model  # computes the losses that are differentiated
 if run.ddp and not run.sharded:

@@ -1,5 +1,6 @@
 """Device, precision, seeds and processes: set up once, for every script."""
 import ctypes
+import datetime
 import functools
 import os
 import platform
@@ -8,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -71,7 +73,7 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
     if device_type == 'cpu':
         tune_malloc()
     if ddp:
-        dist.init_process_group({'cuda': 'nccl'}.get(device_type, 'gloo') if backend == 'auto' else backend)
+        dist.init_process_group({'cuda': 'nccl'}.get(device_type, 'gloo') if backend == 'auto' else backend, **meeting_place(rank, world_size))
 
     if dtype == 'auto':
         bf16 = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False), 'cpu': lambda: training and fast_bf16_cpu()}
@@ -90,6 +92,37 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
     torch.manual_seed(seed)
     return SimpleNamespace(device=device, device_type=device_type, dtype=dtype, ctx=ctx, peak_flops=peak,
                            rank=rank, world_size=world_size, master=master, ddp=ddp, sharded=False)
+
+
+def meeting_place(rank, world_size):
+    """
+    Where the processes find each other, for init_process_group. torchrun's store still has the addresses of processes that were lost, and who finds these waits
+    for the dead (https://github.com/pytorch/pytorch/issues/167288). So they use a name in it that is new with every start: the first process chooses one,
+    and answers the others with what they say, until they have seen that the answer is to them.
+    """
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        return {}  # the store is the first process's own, and new
+    store, name, own = next(dist.rendezvous('env://'))[0], '', uuid.uuid4().hex
+
+    def comes(key):
+        try:
+            store.wait([key], datetime.timedelta(seconds=1))
+            return True
+        except dist.DistStoreError:
+            return False
+    if rank == 0:
+        name = own
+        store.set('start', name)
+        for other in range(1, world_size):
+            store.set(f'{name}/answer/{other}', store.get(f'{name}/says/{other}'))
+            while not comes(f'{name}/heard/{other}'):
+                store.set(f'{name}/answer/{other}', store.get(f'{name}/says/{other}'))
+    else:
+        while not name or not comes(f'{name}/answer/{rank}') or store.get(f'{name}/answer/{rank}').decode() != own:
+            name = store.get('start').decode()
+            store.set(f'{name}/says/{rank}', own)
+        store.set(f'{name}/heard/{rank}', own)
+    return {'store': dist.PrefixStore(name, store), 'rank': rank, 'world_size': world_size}
 
 
 def known_peak(name):

@@ -11,6 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from core.checkpoint import EARLIER, checkpoint_path, copy_checkpoint, earlier_checkpoints, load_checkpoint, load_last, save_checkpoint
+from core.device import all_reduce
 from core.files import atomic
 from core.parallel import whole
 
@@ -34,25 +35,46 @@ def claim(out_dir):
         sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
 
 
-def introduce(out_dir, run_id, config):
-    """Write run.json: which run the folder belongs to, and its settings. A full disk ends the script with one line."""
+def introduce(out_dir, **known):
+    """Write run.json: the name of the run that the folder belongs to, what started it, and its settings. A full disk ends the script with one line."""
     path = os.path.join(out_dir, 'run.json')
     try:
         with atomic(path, 'w') as f:
-            json.dump({'run_id': run_id, 'config': config}, f, indent=2, ensure_ascii=False)
+            json.dump(known, f, indent=2, ensure_ascii=False)
     except OSError as error:
         sys.exit(f'{path}: cannot be written: {error.strerror}')
 
 
-def has_saved(out_dir, same_run):
-    """Whether there is a checkpoint to resume; with same_run only if it is of the run that run.json tells of."""
-    if not same_run:
-        return any(map(os.path.exists, (os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir))))
+def introduced(out_dir):
+    """What is in run.json; {} where there is none."""
     try:
         with open(os.path.join(out_dir, 'run.json'), encoding='utf-8') as f:
-            return load_last(out_dir, 'meta')[0].get('run_id') == json.load(f)['run_id']
-    except (OSError, ValueError, KeyError, SystemExit):
-        return False
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def what_to_start_from(init_from, out_dir, run):
+    """
+    What train.py's init_from means now: 'auto' is 'resume' if there is a checkpoint and 'scratch' if not. Processes that torchrun has started again, after one
+    was lost or joined them, resume what their run has saved, but not what an earlier run has left in its folder.
+    """
+    launch = ''  # torchrun's own name and place, which are the same after a restart and not in another launch
+    if run.ddp and os.environ.get('TORCHELASTIC_RUN_ID', 'none') != 'none':
+        launch = ' '.join(os.environ[key] for key in ('TORCHELASTIC_RUN_ID', 'MASTER_ADDR', 'MASTER_PORT'))
+    known = introduced(out_dir)
+    again = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 or launch != '' and known.get('launch') == launch
+    again = all_reduce([again], run).item() > 0  # torchrun counts a restart only on the machine that lost a process
+    saved = False
+    if run.master and init_from == 'auto':
+        saved = any(map(os.path.exists, (os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir))))
+    elif run.master and again and init_from != 'resume':
+        try:
+            saved = load_last(out_dir, 'meta')[0].get('run_id') == known['run_id']
+        except (KeyError, SystemExit):
+            pass
+    saved = all_reduce([saved], run).item()  # as the first process sees it
+    return 'resume' if saved else 'scratch' if init_from == 'auto' else init_from, launch
 
 
 def save_weights(out_dir):

@@ -75,7 +75,7 @@ def test_commands_run(tmp_path):
             words += SMALL
         if 'bench.py' in words:
             words += ['--max_iters=9', '--steps=1', '--dataset=shakespeare_char']
-        words += [f'--init_from={tmp_path / os.path.basename(word.partition("=")[2])}' for word in words if word.startswith('--init_from=') and word != '--init_from=out-my']
+        words += [f'--init_from={tmp_path / os.path.basename(word.partition("=")[2])}' for word in words if word.startswith('--init_from=') and word not in ('--init_from=out-my', '--init_from=auto')]
         if {'config/train_gpt2.py', 'config/speedrun_1gpu.py', 'config/speedrun_8gpu.py'} & set(words):
             words += ['--device=cpu']
         if words[1].endswith('prepare.py'):

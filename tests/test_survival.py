@@ -18,7 +18,7 @@ from test_bad_input import cut, refuse
 import core.saver
 from core.checkpoint import load_checkpoint, load_last
 from core.guard import check_disk, watch_spikes
-from core.saver import Saver, has_saved
+from core.saver import Saver, introduce, what_to_start_from
 from core.tokens import fingerprint, open_dataset, windows
 from objectives import next_token
 
@@ -203,13 +203,29 @@ def test_a_disk_that_is_full_for_a_while(saver, tmp_path, monkeypatch, capsys):
     assert 'No space left' in exit_line(saver, state(torch.ones(3), 5)) and torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == 2
 
 
-def test_only_its_own_run_goes_on_after_a_restart(tiny_data, tmp_path):
-    """A checkpoint of an earlier run in the folder is not taken for one of the run that torchrun starts again."""
+def test_only_its_own_run_goes_on_after_a_restart(tiny_data, tmp_path, monkeypatch):
+    """Not one that an earlier run has left in the folder; and without a restart nothing but what init_from says."""
     train(tiny_data, tmp_path, '--max_iters=2')
-    assert has_saved(str(tmp_path), same_run=True)
-    core.saver.introduce(str(tmp_path), 'another', {})
-    assert has_saved(str(tmp_path), same_run=False) and not has_saved(str(tmp_path), same_run=True)
-    assert not has_saved(str(tmp_path / 'nothing'), same_run=False) and not has_saved(str(tmp_path / 'nothing'), same_run=True)
+    alone, group = SimpleNamespace(master=True, ddp=False), SimpleNamespace(master=True, ddp=True)
+    monkeypatch.setattr(core.saver, 'all_reduce', lambda numbers, run: torch.tensor(numbers))
+
+    def start(init_from, run=alone, out_dir=tmp_path):
+        return what_to_start_from(init_from, str(out_dir), run)[0]
+    assert [start(init_from) for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['scratch', 'gpt2', 'resume', 'resume']
+    assert start('auto', out_dir=tmp_path / 'nothing') == 'scratch'
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    assert [start(init_from) for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['resume'] * 4
+    assert [start(init_from, out_dir=tmp_path / 'nothing') for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['scratch', 'gpt2', 'resume', 'scratch']
+    introduce(str(tmp_path), run_id='another')  # has begun, and not saved
+    assert [start(init_from) for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['scratch', 'gpt2', 'resume', 'resume']
+    # where a machine joins, no restart is counted, but torchrun is the same
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    for name, value in {'TORCHELASTIC_RUN_ID': 'a', 'MASTER_ADDR': 'b', 'MASTER_PORT': '1'}.items():
+        monkeypatch.setenv(name, value)
+    introduce(str(tmp_path), run_id=load_checkpoint(str(tmp_path / 'ckpt.pt'))['run_id'], launch='a b 1')
+    assert start('scratch', group) == 'resume' and start('scratch') == 'scratch'
+    monkeypatch.setenv('MASTER_PORT', '2')
+    assert start('scratch', group) == 'scratch'
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='no kill -9')
