@@ -1,6 +1,7 @@
 """What is looked after so that a long run does not end in nothing: room on the disk, the same sight in every process, losses that jump."""
 import glob
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -36,6 +37,8 @@ def watch_spikes(sigmas=6, patience=50):
 
     def jumped(loss):
         nonlocal count, mean, variance, high
+        if not math.isfinite(loss):
+            return None  # which is a matter of its own
         before, was_high, limit = mean, high, sigmas * variance**0.5
         high = count >= patience and loss > mean + max(limit, 0.1)
         away = min(loss - mean, limit) if high else loss - mean

@@ -80,9 +80,7 @@ def what_to_start_from(init_from, out_dir, run):
 def save_weights(out_dir):
     """Write weights.pt: of the checkpoint that sampling takes, all but the optimizer, number for number. A third of its size, to be shared."""
     checkpoint = load_checkpoint(checkpoint_path(out_dir))
-    path = os.path.join(out_dir, 'weights.pt')
-    save_checkpoint({key: value for key, value in checkpoint.items() if key not in ('optimizer', 'scaler')}, path)
-    return path
+    save_checkpoint({key: value for key, value in checkpoint.items() if key not in ('optimizer', 'scaler')}, os.path.join(out_dir, 'weights.pt'))
 
 
 class Saver:

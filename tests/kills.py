@@ -8,6 +8,7 @@ with a run that nobody disturbed:
 After every kill there must be a checkpoint to resume, not more than save_interval steps old; in the end losses and weights must be the same, bit for bit.
 """
 import importlib
+import os
 import random
 import subprocess
 import sys
@@ -40,6 +41,11 @@ def last_logged(out_dir):
         return 0
 
 
+def log_of(out_dir):
+    """The file itself: every start makes another."""
+    return os.stat(out_dir / 'log.csv').st_ino if (out_dir / 'log.csv').exists() else None
+
+
 def last_saved(out_dir):
     if not any(out_dir.glob('ckpt*.pt')):
         return 0
@@ -52,11 +58,12 @@ def kill_and_compare(folder, kills, settings=(), seed=1):
     digits_dataset(folder / 'data')
     process = start(folder / 'data', folder / 'whole', steps, settings)
     assert process.wait() == 0, process.stderr.read()
-    killed, writing, most_lost, out_dir = 0, 0, 0, folder / 'killed'
+    killed, writing, most_lost, alive, out_dir = 0, 0, 0, 0, folder / 'killed'
     while killed < kills:
-        before, process, deadline = last_saved(out_dir), start(folder / 'data', out_dir, steps, settings), time.monotonic() + 60
+        log, before, deadline = log_of(out_dir), last_saved(out_dir), time.monotonic() + 60
+        process = start(folder / 'data', out_dir, steps, settings)
         if draw.random() < 0.9:  # else while it is starting
-            while process.poll() is None and last_logged(out_dir) <= before + 1:
+            while process.poll() is None and (log_of(out_dir) == log or last_logged(out_dir) <= before):  # until it has written a log of its own, and a step
                 assert time.monotonic() < deadline, 'it does not get on'
                 time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.3))
@@ -66,7 +73,8 @@ def kill_and_compare(folder, kills, settings=(), seed=1):
         process.kill()
         process.wait()
         killed += 1
-        writing += any(out_dir.glob('ckpt.pt.tmp*'))
+        writing += any(out_dir.glob(f'ckpt.pt.tmp{process.pid}'))
+        alive += log_of(out_dir) != log and last_logged(out_dir) > before
         most_lost = max(most_lost, last_logged(out_dir) - last_saved(out_dir))
         assert most_lost <= SAVE_INTERVAL, f'{most_lost} steps lost at step {last_logged(out_dir)}'
     process = start(folder / 'data', out_dir, steps, settings)
@@ -77,7 +85,7 @@ def kill_and_compare(folder, kills, settings=(), seed=1):
     assert whole['iter_num'] == parts['iter_num'] == steps
     assert all(torch.equal(whole['model'][key], parts['model'][key]) for key in whole['model']), 'other weights'
     assert not list(out_dir.glob('*.tmp*')), 'something half-written is left'
-    return (f'{killed} kills in {steps} steps, {writing} of them while a checkpoint was written: always resumed, at most {most_lost} steps lost '
+    return (f'{killed} kills in {steps} steps, {alive} of them while it trained and {writing} while a checkpoint was written: always resumed, at most {most_lost} steps lost '
             f'(save_interval={SAVE_INTERVAL}), the same losses and weights bit for bit')
 
 

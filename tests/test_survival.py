@@ -1,5 +1,6 @@
 """What a run survives: kills, lost processes, damaged and missing checkpoints, full disks, jumps of the loss, a second run in its folder."""
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -77,8 +78,8 @@ def close(a, b, loss, weights):
 @pytest.mark.skipif(os.name == 'nt', reason='no kill -9')
 def test_kills(tmp_path):
     """The short form of `python tests/kills.py 100`."""
-    said = kill_and_compare(tmp_path, 10)
-    assert said.startswith('10 kills')
+    found = re.match(r'10 kills .*, (\d+) of them while it trained', kill_and_compare(tmp_path, 10))
+    assert found and int(found[1]) >= 5
 
 
 @pytest.mark.slow
@@ -307,8 +308,8 @@ def test_steps_that_are_not_finite(spoilt_losses, tiny_data, tmp_path):
 
 
 def test_a_jump_of_the_loss(spoilt_losses, tiny_data, tmp_path):
-    spoilt_losses |= {80: 4.0, 81: 4.0, 100: 4.0}
-    out = train(tiny_data, tmp_path, '--max_iters=120').out
+    spoilt_losses |= {70: float('nan'), 80: 4.0, 81: 4.0, 100: 4.0}
+    out = train(tiny_data, tmp_path, '--max_iters=120', '--skip_nonfinite=1').out
     assert [line.split()[2] for line in out.splitlines() if 'the loss jumped' in line] == ['80:', '100:']
 
 
