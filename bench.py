@@ -9,6 +9,7 @@ How fast: the steps of any configuration, and what stands in docs/RECORDS.md, me
     python bench.py --what=attention           # the two ways to compute attention on this CPU, forward and backward
     python bench.py --what=save                # how long training waits for a checkpoint of GPT-2 124M, written beside it and not
     python bench.py --what=trust --steps=600   # the laptop command's steps with a checkpoint every 100, beside the same loop with nothing that looks after it
+    python bench.py --what=memory --seconds=7200    # of a process that reads all over shards of 32 GB for two hours
     python bench.py --what=prepare --text=big.txt --tokenizer=qwen2     # text to shards, beside tiktoken's own encode_ordinary_batch
 
 Milliseconds and memory are those of whole steps of train.py, which is stopped after some: batches, forward, backward, optimizer. A step is
@@ -37,7 +38,7 @@ from model import GPT, GPTConfig, attention
 from objectives import next_token
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-what = ''  # 'steps': of train.py; 'laptop': a whole command beside nanoGPT's; 'attention': the rule in model.py; 'batch': drawing one; 'save'; 'trust'; 'prepare'
+what = ''  # 'steps': of train.py; 'laptop': a whole command beside nanoGPT's; 'attention': the rule in model.py; 'batch': drawing one; 'save'; 'trust'; 'memory'; 'prepare'
 steps = 20  # that are timed, after two that are not; the median counts
 seconds = 60.0  # or as many as start in this time, but at least 3
 nanogpt = ''  # a folder with nanoGPT; for 'laptop' with its prepared data/shakespeare_char
@@ -45,6 +46,7 @@ ours = ''  # for 'laptop': what train.py gets here, where that is not the same
 runs = 3  # of each, where two are compared; the median counts
 profile = False  # write a trace of three steps, and print where their time went
 trace = 'trace.json'  # this is the file; chrome://tracing and https://ui.perfetto.dev show it
+gigabytes = 32  # of shards for 'memory'; they take no room on the disk, but all the page cache there is
 text = ''  # a UTF-8 text for 'prepare'; some hundred MB, so that starting up does not count
 tokenizer = 'qwen2'  # for 'prepare': qwen2 (all of it) or gpt2
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -265,6 +267,22 @@ elif what == 'trust':
                 means[bare].append(statistics.mean(watch(ROOT, arguments, out, bare=bare)['times']))
                 print(f'{means[bare][-1]:.2f} ms a step {"without" if bare else "with"}', flush=True)
     print_ratios('ms per step, looked after / not', means[False], means[True])
+elif what == 'memory':
+    with tempfile.TemporaryDirectory(dir='.') as out:
+        folder = random_tokens(os.path.abspath(out))
+        os.remove(os.path.join(folder, 'train.bin'))
+        for i in range(gigabytes):
+            with open(os.path.join(folder, f'train_{i:05d}.bin'), 'wb') as f:
+                f.truncate(10**9)  # a hole reads as zeros
+        data, seen, step, started = open_dataset(folder), [], 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            next_token.load(data, 'train', next_token.draw(data, 32, 1024, 1337, step, 'epochs'), 1024)
+            step += 1
+            if time.perf_counter() - started > seconds * (len(seen) + 1) / 20:
+                with open('/proc/self/status', encoding='utf-8') as f:
+                    seen.append(int(re.search(r'VmRSS:\s+(\d+)', f.read())[1]) * 1024)
+                print(f'{time.perf_counter() - started:.0f} s, {step:,} batches of 32 rows of 1,024: {seen[-1] / 1e6:.1f} MB', flush=True)
+    print(f'from a tenth of the time on between {min(seen[1:]) / 1e6:.1f} and {max(seen[1:]) / 1e6:.1f} MB')
 elif what == 'prepare':
     if not os.path.isfile(find(text)) or tokenizer not in ('qwen2', 'gpt2'):
         sys.exit(f'text={text}, tokenizer={tokenizer}: expected a text file, and qwen2 or gpt2')
@@ -280,4 +298,4 @@ elif what == 'prepare':
                 print(f'{name}: {times[name][-1]:.1f} s, {os.path.getsize(find(text)) / 1e6 / times[name][-1]:.1f} MB/s', flush=True)
     print_ratios('our throughput over that of tiktoken, pair by pair', times['tiktoken'], times['StoneGPT'])
 else:
-    sys.exit(f'what={what}: expected steps, laptop, attention, batch, save, trust or prepare')
+    sys.exit(f'what={what}: expected steps, laptop, attention, batch, save, trust, memory or prepare')

@@ -36,6 +36,16 @@ def test_a_config_and_a_trace(tiny_data, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['own.py', 't.json']
 
 
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='not Linux')
+def test_memory(tmp_path):
+    """The short form of two hours: shards are read, and what has been read is not held."""
+    result = run_script('bench.py', '--what=memory', '--gigabytes=2', '--seconds=4', cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert result.out.count(' batches of 32 rows of 1,024: ') >= 15 and list(tmp_path.iterdir()) == []
+    low, high = map(float, re.search(r'between ([\d.]+) and ([\d.]+) MB', result.out).groups())
+    assert high - low < 200  # of 2,000
+
+
 @pytest.mark.slow
 def test_random_tokens(tmp_path):
     """A dataset that is not there does not matter."""
