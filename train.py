@@ -28,7 +28,7 @@ from core.guard import check_disk, same_everywhere, watch_spikes
 from core.log import Log
 from core.optimizer import OPTIMIZERS, configure_optimizer
 from core.parallel import shard, whole
-from core.saver import Saver, claim, introduce, save_weights, what_to_start_from
+from core.saver import Saver, any_saved, claim, introduce, save_weights, what_to_start_from
 from core.tokens import fingerprint, open_dataset
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
 
@@ -226,12 +226,14 @@ if path and opt:
     try:
         opt.load_state_dict(checkpoint['optimizer'])
     except (KeyError, ValueError) as error:
-        sys.exit(f'{path}: its optimizer is not {optimizer} for these weights ({error}); to start from the weights: --init_from={path}')
+        sys.exit(f'{path}: its optimizer is not {optimizer} for these weights ({error}); to start from the weights: --init_from={path} and another --out_dir')
     if scaler.is_enabled() and checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])
 checkpoint = source = None  # free the memory
 if run.master and not eval_only:
     lock = claim(out_dir)
+    if not path and any_saved(out_dir):
+        print(f'warning: {out_dir} has checkpoints of another run, which the first of this one will replace; to go on with that one: --init_from=resume', flush=True)
     check_disk(out_dir, sum(x.numel() * x.element_size() for x in (*opt.params, *(x for state in opt.state for x in state.values()))), keep_last)
     introduce(out_dir, run_id=run_id, launch=launch, config=config)
 
@@ -353,8 +355,9 @@ while True:
         print(f'warning: step {iter_num} is left out: the loss is {lossf}, the gradient norm {grad_norm} ({skipped} of skip_nonfinite={skip_nonfinite})', flush=True)
     else:
         saver.wait()
-        sys.exit(f'step {iter_num}: the loss is {lossf}, the gradient norm {grad_norm}. The checkpoint in {out_dir} is from before; '
-                 'try a lower --learning_rate, a longer --warmup_iters, --dtype=float32, or --skip_nonfinite=10')
+        there = f'The checkpoint in {out_dir} is from before' if saver.saved or path else 'Nothing has been saved yet'
+        sys.exit(f'step {iter_num}: the loss is {lossf}, the gradient norm {grad_norm}. {there}; try a lower --learning_rate, '
+                 'a longer --warmup_iters, --dtype=float32, or --skip_nonfinite=10' if run.master else 1)
     scaler.update()
     opt.zero_grad()
 
@@ -379,7 +382,7 @@ while True:
         saver(state(), wait=save_interval == 1)
         saved_at = time.perf_counter()
     if stop:
-        print(f'stopping at step {iter_num}; to go on: the same command with --init_from=resume')
+        print(f'stopping at step {iter_num}; to go on: the same command' + ' with --init_from=resume' * (config['init_from'] not in ('resume', 'auto')))
         break
 
 saver.wait(last=True)

@@ -1,5 +1,6 @@
 """Checkpoints: one file that says everything about a run, written whole or not at all, and never unpickled beyond tensors."""
 import glob
+import math
 import os
 import pickle
 import shutil
@@ -66,16 +67,17 @@ def earlier_checkpoints(out_dir):
 
 
 def load_last(out_dir, device='cpu'):
-    """The checkpoint to resume and its path: ckpt.pt or, with a warning, the newest whole one before it. Ends the script as load_checkpoint does."""
+    """The checkpoint to resume and its path: ckpt.pt or, with a warning, the newest whole one before it, at last best.pt. Ends the script as
+    load_checkpoint does."""
     first = None
-    for path in (os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir)):
+    for path in (os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir), os.path.join(out_dir, 'best.pt')):
         try:
             checkpoint = load_checkpoint(path, device)
         except SystemExit as error:
             first = first or error
             continue
         if first:
-            print(f'warning: {first}; taking the one before, {path}', file=sys.stderr)
+            print(f'warning: {str(first).partition(";")[0]}; taking the one before, {path}', file=sys.stderr)
         return checkpoint, path
     raise first
 
@@ -125,7 +127,7 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path, dropout=dropout)
     loss = checkpoint.get('best_val_loss')
-    print(f'loaded {path}: {describe(model)}, step {checkpoint.get("iter_num", "?")}' + (f', best validation loss {float(loss):.4f}' if loss is not None else ''))
+    print(f'loaded {path}: {describe(model)}, step {checkpoint.get("iter_num", "?")}' + (f', best validation loss {float(loss):.4f}' if loss is not None and math.isfinite(loss) else ''))
     return model, checkpoint
 
 

@@ -27,7 +27,7 @@ def same_everywhere(seen, run):
         digests = all_reduce([digest * (rank == run.rank) for rank in range(run.world_size)], run).tolist()
         other = [rank for rank in range(run.world_size) if digests[rank] != digests[0]]
         if other:
-            sys.exit(f'{what}: process {other[0]} sees another than process 0; every process must be given the same files and settings' if run.master else 1)
+            sys.exit(f'{what}: process {other[0]} sees another than process 0; the files and settings must be the same for every process' if run.master else 1)
 
 
 def watch_spikes(sigmas=6, patience=50):

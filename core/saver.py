@@ -54,6 +54,11 @@ def introduced(out_dir):
         return {}
 
 
+def any_saved(out_dir):
+    """Whether the folder has a checkpoint, of whichever run."""
+    return any(map(os.path.exists, (*(os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt')), *earlier_checkpoints(out_dir))))
+
+
 def what_to_start_from(init_from, out_dir, run):
     """
     What train.py's init_from means now: 'auto' is 'resume' if there is a checkpoint and 'scratch' if not. Processes that torchrun has started again, after one
@@ -67,7 +72,7 @@ def what_to_start_from(init_from, out_dir, run):
     again = all_reduce([again], run).item() > 0  # torchrun counts a restart only on the machine that lost a process
     saved = False
     if run.master and init_from == 'auto':
-        saved = any(map(os.path.exists, (os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir))))
+        saved = any_saved(out_dir)
     elif run.master and again and init_from != 'resume':
         try:
             saved = load_last(out_dir, 'meta')[0].get('run_id') == known['run_id']
