@@ -56,7 +56,7 @@ tensorboard_log = False  # to out_dir/tensorboard
 # data
 objective = 'next_token'  # what a step minimises: a file in objectives/
 dataset = 'openwebtext'  # a folder in data/
-data_order = 'random'  # rows from anywhere, as nanoGPT; 'epochs': every token once before any comes again, which learns more from a small text; 'documents': so, in rows that begin with one
+data_order = 'random'  # rows from anywhere, as nanoGPT; 'epochs': every token once before any comes again, which learns more from a small text; 'documents': every document whole, in rows that begin with one
 gradient_accumulation_steps = 5 * 8  # micro-batches in a step, shared out over the processes
 batch_size = 12  # rows in a micro-batch; a step sees batch_size * gradient_accumulation_steps rows on any number of processes
 block_size = 1024  # tokens in a row: the context
@@ -393,7 +393,7 @@ if run.master and iter_num >= max_iters and not eval_only:
 if iter_num > first_iter:
     print(f'{iter_num - first_iter} steps in {datetime.timedelta(seconds=round(time.perf_counter() - started))}'
           + f', {skipped} left out' * (skipped > 0)
-          + f', {saver.saved} saved ({saver.written:.1f}s to write, of which training waited {saver.waited:.1f}s)' * (saver.saved > 0)
+          + f', {saver.saved} saved (written in {saver.written:.1f}s, for which training waited {saver.waited:.1f}s)' * (saver.saved > 0)
           + f', best validation loss {best_val_loss:.4f}' * math.isfinite(best_val_loss)
           + f', checkpoints in {out_dir}; now: python sample.py --out_dir={out_dir}')
 leave(run, 130 if caught.signal == signal.SIGINT else 0)

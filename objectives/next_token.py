@@ -24,8 +24,8 @@ MEASURES = ('loss', 'bpb', 'bpc')
 def draw(data, rows, block_size, seed, step, order='random'):
     """
     Places (rows,) in the training tokens, those of this step of a run with this seed. 'random': with replacement, as nanoGPT draws them; of a
-    mixture, first the folder by its weight. 'epochs' (of one folder): every token once before any comes again. 'documents': likewise, in rows that
-    begin where a document does.
+    mixture, first the folder by its weight. 'epochs' (of one folder): every token once before any comes again. 'documents': every document
+    whole before any comes again, see document_rows().
     """
     if order != 'random':
         per_epoch = len(epoch(data, block_size, seed, 0, order))

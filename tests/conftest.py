@@ -97,6 +97,16 @@ def losses_of(out_dir, column='loss'):
         return [(int(row['iter']), float(row[column])) for row in csv.DictReader(f) if row[column]]
 
 
+def train_in_fp32(folder):
+    """A train.py, for processes of their own, whose Muon computes in fp32: bf16 makes more of rounding than the tolerance."""
+    return write(folder / 'fp32.py', f"""import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+from core import optimizer
+optimizer.fast_bf16_cpu = lambda: False
+runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
+""")
+
+
 def digits_dataset(folder):
     """A character dataset of a text that has something to learn: counting in words."""
     digits = 'zero one two three four five six seven eight nine'.split()

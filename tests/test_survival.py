@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, digits_dataset, exit_line, losses_of, make_dataset, run_script
+from conftest import ROOT, TINY, digits_dataset, exit_line, losses_of, make_dataset, run_script, train_in_fp32
 from kills import kill_and_compare
 from test_bad_input import cut, refuse
 
@@ -401,16 +401,9 @@ def test_one_two_and_four_processes(tiny_data, tmp_path):
 @pytest.mark.parametrize('style', [[], ['--optimizer=muon', '--n_layer=3', '--gradient_checkpointing=True', '--tied=False', '--rope_theta=10000', '--qk_norm=True']], ids=['adamw', 'muon-checkpointing'])
 def test_sharded(style, tiny_data, tmp_path):
     """FSDP on three processes, some of whose parts are empty or uneven, is one process; its checkpoints are whole, and go on on any number."""
-    wrapper = tmp_path / 'fp32.py'
-    wrapper.write_text(f"""import runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-from core import optimizer
-optimizer.fast_bf16_cpu = lambda: False  # bf16 makes more of rounding than the tolerance
-runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
-""", encoding='utf-8')
     args = [*TINY, f'--dataset={tiny_data}', '--eval_iters=-1', '--eval_interval=4', '--batch_size=6', '--n_embd=40', '--n_head=2', *style]
     for out_dir, processes, steps, settings in [('one', 1, 12, []), ('many', 3, 8, ['--parallel=fsdp']), ('many', 2, 10, ['--parallel=fsdp', '--init_from=resume']), ('many', 1, 12, ['--init_from=resume'])]:
-        out = finished(torchrun('--standalone', f'--nproc_per_node={processes}', wrapper, *args, f'--out_dir={tmp_path / out_dir}', f'--max_iters={steps}', *settings))
+        out = finished(torchrun('--standalone', f'--nproc_per_node={processes}', train_in_fp32(tmp_path), *args, f'--out_dir={tmp_path / out_dir}', f'--max_iters={steps}', *settings))
     assert 'processes 2 -> 1, which share the same 6 rows a step' in out and 'parallel fsdp -> ddp' in out
     close(tmp_path / 'one', tmp_path / 'many', loss=2e-6, weights=2e-5)
 

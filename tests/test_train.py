@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_LOADED, losses_of, make_dataset, run_script
+from conftest import ROOT, TINY, TINY_LOADED, losses_of, make_dataset, run_script, train_in_fp32
 
 from core import optimizer
 from core.checkpoint import build_model, load_checkpoint
@@ -82,15 +82,9 @@ def test_the_batch_does_not_depend_on_accumulation(tiny_data, tmp_path):
 def test_two_processes_equal_one(split_up, tiny_data, tmp_path, monkeypatch):
     """With Muon the processes share three of the matrices out unevenly; updates in fp32, as bf16 makes more of rounding than the tolerance."""
     monkeypatch.setattr(optimizer, 'fast_bf16_cpu', lambda: False)
-    (tmp_path / 'fp32.py').write_text(f"""import runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-from core import optimizer
-optimizer.fast_bf16_cpu = lambda: False
-runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
-""", encoding='utf-8')
     args = [*TINY, f'--dataset={tiny_data}', '--eval_iters=-1', *split_up]
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               '--no_python', sys.executable, str(tmp_path / 'fp32.py'), *args, f'--out_dir={tmp_path / "two"}']  # torchrun itself would call `python -u`
+               '--no_python', sys.executable, train_in_fp32(tmp_path), *args, f'--out_dir={tmp_path / "two"}']  # torchrun itself would call `python -u`
     result = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', timeout=120, cwd=ROOT, env={**os.environ, 'PYTHONUNBUFFERED': ''})
     assert result.returncode == 0, result.stderr[-9000:]
     assert f'now: python sample.py --out_dir={tmp_path / "two"}' in result.stdout  # processes of a group leave without Python's clean-up, but not without their last line
