@@ -10,11 +10,14 @@ How fast: the steps of any configuration, and what stands in docs/RECORDS.md, me
     python bench.py --what=save                # how long training waits for a checkpoint of GPT-2 124M, written beside it and not
     python bench.py --what=trust --steps=600   # the laptop command's steps with a checkpoint every 100, beside the same loop with nothing that looks after it
     python bench.py --what=memory --seconds=7200    # of a process that reads all over shards of 32 GB for two hours
+    python bench.py --sample --nanogpt=../nanoGPT --transformers       # how fast GPT-2 124M writes, one text and ten, beside nanoGPT and transformers
+    python bench.py --sample --network=char --new_tokens=63 --prompt_tokens=1     # the same of a character model of 0.8M parameters
     python bench.py --what=prepare --text=big.txt --tokenizer=qwen2     # text to shards, beside tiktoken's own encode_ordinary_batch
 
 Milliseconds and memory are those of whole steps of train.py, which is stopped after some: batches, forward, backward, optimizer. A step is
 one micro-batch unless --gradient_accumulation_steps says otherwise. What is no setting of this script goes to train.py.
 """
+import importlib.util
 import json
 import os
 import re
@@ -28,9 +31,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from core.checkpoint import checkpoint_path, describe, load_checkpoint
 from core.device import explain, measured_peak, setup
 from core.files import ROOT, find
 from core.optimizer import configure_optimizer
+from core.quantize import convert
+from core.sampling import draw
 from core.saver import Saver
 from core.tokenizer import char_tokenizer
 from core.tokens import open_dataset
@@ -38,7 +44,7 @@ from model import GPT, GPTConfig, attention
 from objectives import next_token
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-what = ''  # 'steps': of train.py; 'laptop': a whole command beside nanoGPT's; 'attention': the rule in model.py; 'batch': drawing one; 'save'; 'trust'; 'memory'; 'prepare'
+what = ''  # 'steps': of train.py; 'laptop': a whole command beside nanoGPT's; 'attention': the rule in model.py; 'batch': drawing one; 'save'; 'trust'; 'memory'; 'prepare'; 'sample'
 steps = 20  # that are timed, after two that are not; the median counts
 seconds = 60.0  # or as many as start in this time, but at least 3
 nanogpt = ''  # a folder with nanoGPT; for 'laptop' with its prepared data/shakespeare_char
@@ -47,16 +53,24 @@ runs = 3  # of each, where two are compared; the median counts
 profile = False  # write a trace of three steps, and print where their time went
 trace = 'trace.json'  # this is the file; chrome://tracing and https://ui.perfetto.dev show it
 gigabytes = 32  # of shards for 'memory'; they take no room on the disk, but all the page cache there is
+sample = False  # the same as --what=sample
+network = 'gpt2'  # for 'sample', with random weights: gpt2 (124M), char (0.8M), or a run's folder, whatever it is, as it is
+prompt_tokens = 16  # for 'sample': tokens that are there
+new_tokens = 256  # for 'sample': tokens that are written
+samples = '1,10'  # for 'sample': texts at once
+dtypes = 'float32,bfloat16,int8'  # for 'sample': of the weights
+transformers = False  # for 'sample': beside transformers' generate, in float32
 text = ''  # a UTF-8 text for 'prepare'; some hundred MB, so that starting up does not count
 tokenizer = 'qwen2'  # for 'prepare': qwen2 (all of it) or gpt2
 # ---------------------------------------------------------------------------------------------------------------------------------------
-config, config_given = {}, set()  # filled by the configurator from the arguments that are meant for this script
+config, config_given = {}, {}  # filled by the configurator from the arguments that are meant for this script
 _own, _theirs, _rest = [sys.argv[0]], [], sys.argv[1:]
 while _rest:
     _argument = _rest.pop(0)
     _key, _equals, _ = _argument.removeprefix('--').partition('=')
-    if _argument.startswith('--') and not _equals and _key != 'help':  # --key value, or --profile alone
-        _value = 'True' if _key == 'profile' and _rest[:1] not in (['True'], ['False']) else _rest.pop(0) if _rest else None
+    if _argument.startswith('--') and not _equals and _key != 'help':  # --key value, or --key alone
+        _alone = isinstance(globals().get(_key), bool) and _rest[:1] not in (['True'], ['False'])
+        _value = 'True' if _alone else _rest.pop(0) if _rest else None
         _argument += '' if _value is None else f'={_value}'
     _mine = _argument in ('--help', '-h') or _argument.startswith('--') and isinstance(globals().get(_key), (bool, int, float, str))
     (_own if _mine else _theirs).append(_argument)
@@ -180,7 +194,71 @@ def print_ratios(name, ours, others):
     print(f'{name}: {", ".join(f"{a / b:.3f}" for a, b in zip(ours, others))}; of the medians: {statistics.median(ours) / statistics.median(others):.3f}')
 
 
+def bandwidth():
+    """Bytes a second in which this machine reads memory: the best of about a second of products of a matrix of 1 GB and a vector."""
+    matrix, vector, best, started = torch.ones(2**18, 1024), torch.ones(1024), 0, time.perf_counter()
+    while time.perf_counter() - started < 1 or not best:
+        best = max(best, matrix.nbytes / duration(lambda: matrix @ vector))
+    return best
+
+
+def compare_sampling():
+    """Tokens per second, medians of `runs`, all in turn."""
+    shape = {'gpt2': dict(bias=True), 'char': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, bias=False)}
+    arguments = vars(GPTConfig(**{'vocab_size': 50257, **shape[network]})) if network in shape else load_checkpoint(checkpoint_path(network), 'meta')['model_args']
+    run, limit = setup('cpu', 'float32'), bandwidth()
+    prompt = torch.randint(arguments['vocab_size'], (1, prompt_tokens))
+    print(f'{describe(GPT(GPTConfig(**arguments)))}; this machine reads {limit / 1e9:.1f} GB a second; {prompt_tokens} tokens, {new_tokens} more', flush=True)
+    writers = {}  # {name: (texts at once, function that writes and returns when the first token came, bytes read for each step or None)}
+    if nanogpt:
+        spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(nanogpt, 'model.py'))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # its dataclass looks itself up
+        spec.loader.exec_module(module)
+        theirs = module.GPT(module.GPTConfig(**{key: arguments[key] for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')})).eval()
+        writers['nanoGPT'] = 1, lambda: theirs.generate(prompt, new_tokens, temperature=0.8, top_k=200), None
+    if transformers:
+        from transformers import GPT2Config, GPT2LMHeadModel
+        peer = GPT2LMHeadModel(GPT2Config(vocab_size=arguments['vocab_size'], n_positions=arguments['block_size'], n_embd=arguments['n_embd'],
+                                          n_layer=arguments['n_layer'], n_head=arguments['n_head'], eos_token_id=None, bos_token_id=None)).eval()
+        writers['transformers'] = 1, lambda: peer.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.8, top_k=200,
+                                                           max_new_tokens=new_tokens, pad_token_id=0), None
+
+    def writer(model, count):
+        def write():
+            came, t0 = [], time.perf_counter()
+            for _ in model.generate(prompt, new_tokens, lambda logits: draw(logits, torch.rand(count), 0.8, 200), copies=count):
+                came.append(time.perf_counter() - t0)
+            return came[0]
+        return write
+    for dtype in dtypes.split(','):
+        for count in map(int, samples.split(',')):
+            model = convert(GPT(GPTConfig(**arguments)), dtype, count)
+            size = sum(p.numel() for name, p in GPT(GPTConfig(**arguments)).named_parameters() if 'wpe' not in name) * {'float32': 4, 'int8': 1}.get(dtype, 2)
+            writers[f'{dtype}, {count}'] = count, writer(model, count), size
+            T = min(512, arguments['block_size'])
+            with torch.no_grad():
+                ms = median_ms(lambda: model.hidden(torch.zeros(1, T, dtype=torch.int64)), 3)
+            print(f'{dtype}, laid out for {count}: a prompt of {T} tokens at {T / ms * 1000:,.0f} tokens a second', flush=True)
+    times, firsts = {name: [] for name in writers}, {name: [] for name in writers}
+    for _ in range(runs):
+        for name, (count, write, _) in writers.items():
+            t0 = time.perf_counter()
+            firsts[name].append(write())
+            times[name].append(time.perf_counter() - t0)
+            print(f'{name}: {count * new_tokens / times[name][-1]:,.1f} tokens a second', flush=True)
+    print('                 tokens/s  ms per step  first token after  of the bandwidth' + '  / nanoGPT' * bool(nanogpt) + '  / transformers' * transformers)
+    for name, (count, _, size) in writers.items():
+        seconds = statistics.median(times[name])
+        row = f'{name:14} {count * new_tokens / seconds:10,.1f} {seconds / new_tokens * 1000:12.2f}'
+        row += ' ' * 37 if size is None else f' {statistics.median(firsts[name]) * 1000:15.1f} ms {size * new_tokens / seconds / limit:17.2f}'
+        for other in ['nanoGPT'] * bool(nanogpt) + ['transformers'] * transformers:
+            row += f'{count * statistics.median(times[other]) / seconds:11.2f}'
+        print(row)
+
+
 sys.excepthook = explain
+what = 'sample' if sample else what
 nanogpt = nanogpt and os.path.abspath(find(nanogpt))
 what = what or ('laptop' if nanogpt and not _theirs else 'steps')
 if _theirs and what != 'steps':
@@ -283,6 +361,8 @@ elif what == 'memory':
                     seen.append(int(re.search(r'VmRSS:\s+(\d+)', f.read())[1]) * 1024)
                 print(f'{time.perf_counter() - started:.0f} s, {step:,} batches of 32 rows of 1,024: {seen[-1] / 1e6:.1f} MB', flush=True)
     print(f'from a tenth of the time on between {min(seen[1:]) / 1e6:.1f} and {max(seen[1:]) / 1e6:.1f} MB')
+elif what == 'sample':
+    compare_sampling()
 elif what == 'prepare':
     if not os.path.isfile(find(text)) or tokenizer not in ('qwen2', 'gpt2'):
         sys.exit(f'text={text}, tokenizer={tokenizer}: expected a text file, and qwen2 or gpt2')
@@ -298,4 +378,4 @@ elif what == 'prepare':
                 print(f'{name}: {times[name][-1]:.1f} s, {os.path.getsize(find(text)) / 1e6 / times[name][-1]:.1f} MB/s', flush=True)
     print_ratios('our throughput over that of tiktoken, pair by pair', times['tiktoken'], times['StoneGPT'])
 else:
-    sys.exit(f'what={what}: expected steps, laptop, attention, batch, save, trust, memory or prepare')
+    sys.exit(f'what={what}: expected steps, laptop, attention, batch, save, trust, memory, prepare or sample')

@@ -2,14 +2,15 @@
 #
 #     exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 #
-# overrides them from config files (plain Python) and from `--key=value` or `--key value`, in the order given:
+# overrides them from config files (plain Python) and from `--key=value`, `--key value` or, for True, `--key`, in the order given:
 #
 #     python train.py config/train_shakespeare_char.py --batch_size=32
 #
 # A script that has a setting `objective` takes the settings of objectives/<objective>.py too, and one with `_settings = 'core.prepare'`
 # those of that module; it may give one of them another default by assigning it. `--help` prints them all, with the comment that stands
 # behind each. An unknown name or a value of the wrong type ends the script with one line that says what would be right.
-# What is left behind in the script: `config`, every setting with its value, and `config_given`, the names set on the command line.
+# What is left behind in the script: `config`, every setting with its value, and `config_given`, {name: texts} of those set on the command line
+# (the last text counts; a script may want them all).
 
 
 def _configure(script):
@@ -80,6 +81,8 @@ def _configure(script):
         if argument.startswith('--'):
             key, equals, value = argument[2:].partition('=')
             if not equals:
+                if type(settings.get(key, ('',))[0]) is bool and (arguments or ['--'])[0].title() not in ('True', 'False'):
+                    arguments.insert(0, 'True')  # --key alone
                 if not arguments:
                     sys.exit(f'{name}: --{key} needs a value: --{key}=...')
                 value = arguments.pop(0)
@@ -120,7 +123,10 @@ def _configure(script):
         for place in places:
             place[key] = values[key]
     script['config'] = values
-    script['config_given'] = {key for where, key, _ in overrides if where == '--'}
+    script['config_given'] = {}
+    for where, key, value in overrides:
+        if where == '--':
+            script['config_given'].setdefault(key, []).append(value)
 
 
 _configure(globals())

@@ -10,6 +10,7 @@ Letters in the shapes: B rows, T positions, C = n_embd channels, nh heads of hs 
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -73,13 +74,13 @@ def new_norm(config):
     return RMSNorm(config.n_embd, config.norm_eps) if config.norm == 'rmsnorm' else LayerNorm(config.n_embd, config.bias, config.norm_eps)
 
 
-def rotary(T, head_size, theta, device):
+def rotary(T, head_size, theta, device, start=0):
     """
-    Cosines and sines (2, T, hs / 2) by which the channels of positions 0 to T - 1 are rotated (RoPE, Su et al. 2021:
+    Cosines and sines (2, T, hs / 2) by which the channels of positions start to start + T - 1 are rotated (RoPE, Su et al. 2021:
     https://arxiv.org/abs/2104.09864), channel i together with channel i + hs / 2.
     """
     frequencies = 1 / theta ** (torch.arange(0, head_size, 2, device=device) / head_size)  # (hs / 2,)
-    angles = torch.outer(torch.arange(T, device=device), frequencies)  # (T, hs / 2)
+    angles = torch.outer(torch.arange(start, start + T, device=device), frequencies)  # (T, hs / 2)
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -107,11 +108,11 @@ opaque_dropout_factors = torch.library.custom_op('stonegpt::dropout_factors', dr
 opaque_dropout_factors.register_fake(lambda x, p: x.new_empty(x.shape))
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout, on CPUs by dropout_factors."""
-
-    def forward(self, x):
-        return x * dropout_factors(x.detach(), self.p) if self.training and self.p and x.device.type == 'cpu' else super().forward(x)
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """F.dropout, on CPUs by dropout_factors."""
+    if not p:
+        return x
+    return x * dropout_factors(x.detach(), p) if x.device.type == 'cpu' else F.dropout(x, p)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -157,9 +158,9 @@ class BlockAttention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-def attention(q, k, v, dropout=0.0, plain=None):
+def attention(q, k, v, dropout=0.0, plain=None, mask=None):
     """
-    Causal softmax attention: queries (nh, B, T, hs), keys and values (nkv, B, T, hs) -> (nh, B, T, hs).
+    Causal softmax attention: queries (nh, B, T, hs), keys and values (nkv, B, T, hs) -> (nh, B, T, hs); or a mask (B, 1, T, T) says who sees whom.
     By PyTorch's fused kernel, except in a corner that measurements mark out (docs/RECORDS.md): on CPUs it is up to 5 times as slow in bf16, or
     with dropout, as plain operations. `plain` overrules that.
     """
@@ -167,11 +168,50 @@ def attention(q, k, v, dropout=0.0, plain=None):
     if len(k) < nh:
         k, v = (x.repeat_interleave(nh // len(k), dim=0) for x in (k, v))  # grouped-query attention: neighbours share
     if plain is None:
-        plain = q.device.type == 'cpu' and (q.dtype == torch.bfloat16 or dropout > 0)
+        plain = q.device.type == 'cpu' and mask is None and (q.dtype == torch.bfloat16 or dropout > 0)
     if plain:
         return BlockAttention.apply(*(x.reshape(nh * B, T, hs) for x in (q, k, v)), dropout).view(nh, B, T, hs)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None).transpose(0, 1)
+
+
+class Cache:
+    """
+    The keys and values of the tokens so far, so that a new token needs only its own row of the network: kv (n_layer, 2, nkv, B, slots, hs).
+    Once all slots are taken, a token takes that of the oldest. pads (B,): how many of a row's first tokens are padding, which nobody sees.
+    """
+
+    def __init__(self, config, rows, slots, pads=None, **kind):
+        self.kv = torch.zeros(config.n_layer, 2, config.n_kv_head, rows, slots, config.head_size, **kind)
+        self.pads, self.length = pads, 0
+
+    def repeat(self, copies, slots):
+        """Each row so many times, side by side, and room for more tokens."""
+        kv = self.kv.repeat_interleave(copies, dim=3)
+        self.kv = F.pad(kv, (0, 0, 0, slots - kv.size(4)))
+        self.pads = None if self.pads is None else self.pads.repeat_interleave(copies)
+
+    def extend(self, T):
+        """Make room for the next tokens: the first T, or a single one. Returns, layer by layer, what to call in the place of attention()."""
+        slots, at = self.kv.size(4), torch.arange(self.length, self.length + T, device=self.kv.device)  # the tokens' numbers (T,)
+        self.length += T
+        mask = None
+        if self.pads is not None:
+            kept = torch.arange(min(self.length, slots), device=at.device)
+            kept = self.length - 1 - (self.length - 1 - kept) % slots  # which token each slot has (n,)
+            mask = (self.pads[:, None, None] <= kept) & (kept <= at[:, None]) | (kept == at[:, None])  # (B, T, n); padding sees itself, to have no 0 / 0
+        return [partial(self.attend, *layer, at % slots, mask) for layer in self.kv]
+
+    def attend(self, keys, values, places, mask, q, k, v, dropout):
+        """Keep the keys and values (nkv, B, T, hs) of new tokens; what these see by their queries, all (nh, B, T, hs)."""
+        nh, B, T, hs = q.shape
+        keys.index_copy_(2, places, k)
+        values.index_copy_(2, places, v)
+        if T > 1:
+            return attention(q, k, v, mask=None if mask is None else mask[:, None])
+        q = q.view(len(k), nh // len(k), B, hs).transpose(1, 2)  # (nkv, B, nh / nkv, hs): those that share keys side by side
+        y = F.scaled_dot_product_attention(q, keys[:, :, :self.length], values[:, :, :self.length], None if mask is None else mask[None])
+        return y.transpose(1, 2).reshape(nh, B, 1, hs)
 
 
 class CausalSelfAttention(nn.Module):
@@ -181,20 +221,21 @@ class CausalSelfAttention(nn.Module):
         width = (self.n_head + 2 * self.n_kv_head) * self.head_size
         self.c_attn = nn.Linear(config.n_embd, width, bias=config.bias)  # query, key, value of all heads in one product
         self.c_proj = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.resid_dropout = Dropout(config.dropout)
+        self.q_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x, rope):
+    def forward(self, x, rope, attend=attention):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_size).permute(2, 0, 1, 3).contiguous()  # (nh + 2 nkv, B, T, hs): one copy, of all three
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head])
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        y = attention(q, k, v, self.dropout if self.training else 0.0)  # (nh, B, T, hs)
+        p = self.dropout if self.training else 0.0
+        y = attend(q, k, v, p)  # (nh, B, T, hs)
         y = y.permute(1, 2, 0, 3).reshape(B, T, -1)  # the heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        return dropout(self.c_proj(y), p)
 
 
 class MLP(nn.Module):
@@ -204,7 +245,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, (1 + self.swiglu) * config.n_inner, bias=config.bias)  # SwiGLU's gate and values in one product
         self.gelu = nn.GELU('tanh' if config.activation == 'gelu_tanh' else 'none')
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x):
         x = self.c_fc(x)
@@ -213,7 +254,7 @@ class MLP(nn.Module):
             x = F.silu(gate) * x  # (B, T, n_inner)
         else:
             x = self.gelu(x)
-        return self.dropout(self.c_proj(x))
+        return dropout(self.c_proj(x), self.dropout if self.training else 0.0)
 
 
 class Block(nn.Module):
@@ -224,8 +265,8 @@ class Block(nn.Module):
         self.ln_2 = new_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope):
-        x = x + self.attn(self.ln_1(x), rope)
+    def forward(self, x, rope, attend=attention):
+        x = x + self.attn(self.ln_1(x), rope, attend)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -286,7 +327,6 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **({} if config.rope_theta else {'wpe': nn.Embedding(config.block_size, config.n_embd)}),
-            drop=Dropout(config.dropout),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=new_norm(config),
         ))
@@ -304,19 +344,23 @@ class GPT(nn.Module):
             if getattr(module, 'bias', None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def hidden(self, idx):
-        """Token ids (B, T) -> the last layer's normalised activations (B, T, C)."""
+    def hidden(self, idx, cache=None):
+        """Token ids (B, T) -> the last layer's normalised activations (B, T, C). With a cache, idx are those that follow what it has."""
         config, T = self.config, idx.shape[1]
+        start, pads = (cache.length, cache.pads) if cache else (0, None)
+        attend = cache.extend(T) if cache else [attention] * config.n_layer
         assert T <= config.block_size, f'{T} positions do not fit into block_size={config.block_size}'
         x = self.transformer.wte(idx)  # (B, T, C)
         rope = None
         if config.rope_theta:
-            rope = rotary(T, config.head_size, config.rope_theta, idx.device)  # (2, T, hs / 2)
+            rope = rotary(T, config.head_size, config.rope_theta, idx.device, start)  # (2, T, hs / 2); only distances count, so padding does not matter
+        elif pads is None:
+            x = x + self.transformer.wpe.weight[start:start + T]  # + (T, C)
         else:
-            x = x + self.transformer.wpe.weight[:T]  # + (T, C)
-        x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = checkpoint(block, x, rope, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, rope)
+            x = x + self.transformer.wpe((torch.arange(start, start + T, device=idx.device) - pads[:, None]).clamp(min=0))  # + (B, T, C)
+        x = dropout(x, config.dropout if self.training else 0.0)
+        for block, how in zip(self.transformer.h, attend):
+            x = checkpoint(block, x, rope, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, rope, how)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -328,6 +372,10 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x)  # (B, T, V)
         device = x.device.type
+        if not torch.is_grad_enabled():
+            x, wanted, rows = x.flatten(0, 1), targets.flatten(), max(1, PART // self.config.vocab_size * (1 if device == 'cpu' else 32))
+            return torch.cat([F.cross_entropy(self.lm_head(part).float(), right, ignore_index=-1, reduction='none')
+                              for part, right in zip(x.split(rows), wanted.split(rows))]).view(idx.shape)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return TokenLosses.apply(x.flatten(0, 1).to(dtype), self.lm_head.weight.to(dtype), targets.flatten()).view(idx.shape)
 
@@ -357,35 +405,30 @@ class GPT(nn.Module):
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None, allowed=None):
+    def generate(self, idx, max_new_tokens, choose=lambda logits: logits.argmax(dim=-1), pads=None, copies=1):
         """
-        Continue idx (B, T); yields the next token of every row, (B,), up to max_new_tokens times.
-        temperature 0 is greedy; top_k > 0 keeps the k most likely tokens; top_p < 1 the smallest set with that much probability
-        (Holtzman et al. 2019); ids from vocab_size on (rows that only pad the matrix) are never drawn; allowed() says before each draw which
-        of the others may be, (B, vocab_size) bool.
-        The whole context is computed anew for each token; a cache of keys and values would live in this method.
+        Continue prompts idx (B, T); yields the next token of every row, (B * copies,), up to max_new_tokens times. Each prompt is read once, for all of
+        its copies, which stand side by side. choose(logits (B * copies, V)) draws the tokens: by default the most likely ones. Of prompts that
+        differ in length the shorter ones begin with pads (B,) tokens of padding; each is continued as it would be alone.
+        Beyond block_size learned positions cannot go: there the last block_size tokens are read anew for every token, as nanoGPT does.
+        Rotary ones can: each token sees the block_size before it, through which older ones have passed on what they knew.
         """
-        for _ in range(max_new_tokens):
-            x = self.hidden(idx[:, -self.config.block_size:])  # (B, T, C)
-            logits = self.lm_head(x[:, -1]).float()[:, :vocab_size]  # (B, V)
-            if allowed:
-                logits = logits.masked_fill(~allowed()[:, :logits.size(1)].to(logits.device), float('-inf'))
-            if temperature == 0:
-                token = logits.argmax(dim=-1)
-            else:
-                token = torch.multinomial(sampling_probs(logits / temperature, top_k, top_p), num_samples=1).squeeze(1)
-            idx = torch.cat((idx, token[:, None]), dim=1)
+        block_size, rows, weight = self.config.block_size, len(idx), self.transformer.wte.weight
+        if pads is not None and idx.size(1) > block_size:
+            pads = (pads - (idx.size(1) - block_size)).clamp(min=0)
+        idx = idx[:, -block_size:]
+        cache = Cache(self.config, rows, idx.size(1), pads, dtype=weight.dtype, device=weight.device)
+        logits = self.lm_head(self.hidden(idx, cache)[:, -1])  # (B, V)
+        cache.repeat(copies, min(idx.size(1) + max_new_tokens, block_size))
+        logits, idx = (x.repeat_interleave(copies, dim=0) for x in (logits, idx))
+        for i in range(max_new_tokens):
+            token = choose(logits.float())  # (B * copies,)
             yield token
-
-
-def sampling_probs(logits, top_k=0, top_p=1.0):
-    """Logits (B, V) -> the probabilities to draw from (B, V), after top-k and top-p."""
-    if top_k > 0:
-        kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, float('-inf'))
-    probs = F.softmax(logits, dim=-1)
-    if top_p < 1.0:
-        ordered, order = probs.sort(descending=True)
-        ordered[ordered.cumsum(-1) - ordered > top_p] = 0.0  # what comes before it already reaches top_p
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
-    return probs
+            if i == max_new_tokens - 1:
+                return
+            idx = torch.cat((idx, token[:, None]), dim=1)
+            new = idx[:, -1:]
+            if cache.length == block_size and not self.config.rope_theta:
+                cache.length, new = 0, idx[:, -block_size:]
+                cache.pads = None if cache.pads is None else (cache.pads - 1).clamp(min=0)
+            logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B * copies, V)

@@ -100,7 +100,7 @@ device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e
 dtype = 'auto'  # bfloat16 where the hardware multiplies it, else float16 on CUDA and float32 elsewhere; or say which
 compile = True  # torch.compile: takes a minute to start, then runs faster; falls back where it cannot work
 # ---------------------------------------------------------------------------------------------------------------------------------------
-config, config_given = {}, set()  # filled by the next line: every setting with its value, and the names that the command line set
+config, config_given = {}, {}  # filled by the next line: every setting with its value, and what the command line set
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 for key in ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'eval_interval', 'log_interval'):

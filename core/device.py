@@ -39,7 +39,7 @@ def fast_bf16_cpu():
 def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False):
     """
     Find the device, join the process group that torchrun announces, seed, and choose the precision.
-    device: 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'. dtype: 'auto', 'float32', 'bfloat16', 'float16'.
+    device: 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'. dtype: 'auto', 'float32', 'bfloat16', 'float16'; 'int8' but for training.
     Returns a namespace: device, device_type, dtype (its name), ctx() (the autocast context), peak_flops (None where unknown),
     rank, world_size, master (this process saves; the others' stdout is shut), ddp, sharded (whether the network is; the caller sets it).
     Ends the script with one line when the device or dtype is not to be had.
@@ -78,8 +78,9 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
     if dtype == 'auto':
         bf16 = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False), 'cpu': lambda: training and fast_bf16_cpu()}
         dtype = 'bfloat16' if bf16.get(device_type, bool)() else 'float16' if device_type == 'cuda' else 'float32'
-    if dtype not in ('float32', 'bfloat16', 'float16'):
-        sys.exit(f'dtype={dtype}: expected auto, float32, bfloat16 or float16')
+    dtypes = ['auto', 'float32', 'bfloat16', 'float16'] + ['int8'] * (not training)
+    if dtype not in dtypes:
+        sys.exit(f'dtype={dtype}: expected {", ".join(dtypes[:-1])} or {dtypes[-1]}')
     if dtype == 'float16' and device_type == 'cpu' and training:
         sys.exit('dtype=float16: CPUs train in bfloat16 or float32; use --dtype=auto')
     peak = None
@@ -263,7 +264,9 @@ def tune_malloc():
 
 def explain(kind, error, traceback):
     """The excepthook: what a user can mend gets one line, everything else its traceback."""
-    if issubclass(kind, KeyboardInterrupt):
+    if issubclass(kind, BrokenPipeError):  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout once more
+    elif issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)  # Python then exits with 130
     elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or issubclass(kind, RuntimeError) and "can't allocate memory" in str(error):
         print('out of memory: lower --batch_size (and raise --gradient_accumulation_steps as much, for the same total batch), '

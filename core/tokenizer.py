@@ -31,8 +31,8 @@ BYTE_OF.update((256 + i, chr(byte)) for i, byte in enumerate(b for b in range(25
 
 class Tokenizer:
     """
-    A character-level or byte-level BPE tokenizer. `json` (its text), `vocab_size` (ids, special ones included), `eot` (id of EOT or None),
-    `is_char`, and `pieces`: the UTF-8 bytes that each id stands for, a list of `vocab_size` (a character may be spread over several).
+    A character-level or byte-level BPE tokenizer. `json` (its text), `vocab_size` (ids, special ones included), `specials` ({text: id}), `eot` (id of EOT
+    or None), `is_char`, and `pieces`: the UTF-8 bytes that each id stands for, a list of `vocab_size` (a character may be spread over several).
     """
 
     def __init__(self, json_text, name='tokenizer.json'):
@@ -54,7 +54,8 @@ class Tokenizer:
             pieces.update((token['id'], content.encode()) for content, token in added.items())
             self.vocab_size = max(pieces) + 1
             self.pieces = [pieces.get(i, b'') for i in range(self.vocab_size)]
-            self.eot = added[EOT]['id'] if EOT in added else None
+            self.specials = {content: token['id'] for content, token in added.items()}
+            self.eot = self.specials.get(EOT)
             self._special = [token['id'] for token in added.values() if token.get('special')]
             self._follows = {}  # can_follow's answers, by the bytes of the character that has begun
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -66,6 +67,10 @@ class Tokenizer:
             return self._ids(text).astype(np.int64)
         parts = re.split(f'({re.escape(EOT)})', text)
         return np.concatenate([[self.eot] if i % 2 else self._ids(part) for i, part in enumerate(parts)]).astype(np.int64)
+
+    def unknown(self, text):
+        """The characters of a text that a character vocabulary lacks, each once."""
+        return [char for char in dict.fromkeys(text.replace(EOT, '')) if self.is_char and char not in self._vocab]
 
     def decode(self, ids):
         """The text of a sequence of ids. Bytes that are no UTF-8 become U+FFFD; exits at an id outside the vocabulary."""

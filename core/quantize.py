@@ -1,0 +1,94 @@
+"""The weights of a network that is only read from now on: in half the bytes, in a quarter, and laid out as the CPU reads them fastest."""
+import functools
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+SMALL = 2**18  # weights; what fewer of them gain is less than what calling oneDNN costs
+
+
+def convert(model, dtype, rows=1):
+    """
+    Turn a network, in place, into one that only computes: weights in `dtype` ('float32', 'bfloat16', 'float16'; 'int8': those of its Linears, and the
+    rest in float32, on a GPU in bfloat16), laid out for `rows` tokens at a time. It can be neither trained nor saved any more. Returns it.
+    """
+    model.eval().requires_grad_(False)
+    cpu = model.transformer.wte.weight.device.type == 'cpu'
+    model.to(getattr(torch, dtype if dtype != 'int8' else 'float32' if cpu else 'bfloat16'))
+    if dtype == 'int8':
+        new = Int8Linear
+    elif cpu and (dtype != 'float32' or rows >= 4) and works(dtype):  # few rows in fp32 are MKL's fastest case
+        new = functools.partial(PackedLinear, rows=rows)
+    else:
+        return model
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and (dtype == 'int8' or child.weight.numel() >= SMALL):
+                setattr(module, name, new(child))
+    return model
+
+
+class PackedLinear(nn.Module):
+    """
+    A Linear whose weights lie in the blocks in which oneDNN multiplies them: for few rows up to twice as fast as F.linear, which has to find its way
+    through them anew each time (docs/RECORDS.md). These are the operators with which torch.compile freezes a network.
+    """
+
+    def __init__(self, linear, rows):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+
+
+class Int8Linear(nn.Module):
+    """
+    A Linear with weights of eight bits, -127 to 127 times one factor for each output channel (LLM.int8(), Dettmers et al. 2022:
+    https://arxiv.org/abs/2208.07339, without its outliers: activations keep 16 bits). On a CPU oneDNN multiplies bytes by bytes, so x goes in as two
+    rows of them, high and low, through one reading of the weights.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        self.factors = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)  # (out,)
+        self.weight = (weight / self.factors[:, None]).round().to(torch.int8)  # (out, in)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.bytewise = weight.device.type == 'cpu' and works('int8')
+        if self.bytewise:
+            self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
+            self.bias = None if self.bias is None else self.bias.float() / 257  # it is added to the high row, which counts 256 times, and to the low one
+            self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+            self.middle = torch.tensor(128 * 257 + 0.5)
+
+    def forward(self, x):
+        if not self.bytewise:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.factors.to(x.dtype)
+            return y if self.bias is None else y + self.bias
+        step = max(torch.linalg.vector_norm(x, float('inf')).item(), 1e-30) / (127 * 256)
+        steps = torch.add(self.middle, x.view(-1, x.size(-1)), alpha=1 / step).int()  # (N, in), 0 to 65,535
+        rows = steps.view(torch.uint8).view(*steps.shape, 4)[..., :2].permute(2, 0, 1).flatten(0, 1)  # (2 N, in): all low bytes, then all high ones
+        y = torch.ops.onednn.qlinear_pointwise(rows, step, 128, self.weight, self.factors, self.zeros, self.bias, 1.0, 0, torch.float32, 'none', [], '')
+        low, high = y.view(2, *x.shape[:-1], -1)
+        return low.add_(high, alpha=256)
+
+
+@functools.cache
+def works(dtype):
+    """Whether this PyTorch and CPU multiply packed weights of this dtype, and right: CPUs without VNNI overflow where bytes are large."""
+    weight = nn.Linear(64, 64, bias=False)
+    weight.weight.data.fill_(1.0)
+    x = torch.full((1, 64), 3.0)
+    try:
+        if dtype == 'int8':
+            packed = torch.ops.onednn.qlinear_prepack(torch.full((64, 64), 127, dtype=torch.int8), None)
+            ones, zeros = torch.ones(64), torch.zeros(64, dtype=torch.int32)
+            y = torch.ops.onednn.qlinear_pointwise(torch.full((2, 64), 255, dtype=torch.uint8), 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, 'none', [], '')
+            return bool((y == 255 * 127 * 64).all())
+        kind = getattr(torch, dtype)
+        return bool((PackedLinear(weight.to(kind), 1)(x.to(kind)) == 192).all())
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
