@@ -206,7 +206,8 @@ def compare_sampling():
     """Tokens per second, medians of `runs`, all in turn."""
     shape = {'gpt2': dict(bias=True), 'char': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, bias=False)}
     arguments = vars(GPTConfig(**{'vocab_size': 50257, **shape[network]})) if network in shape else load_checkpoint(checkpoint_path(network), 'meta')['model_args']
-    run, limit = setup('cpu', 'float32'), bandwidth()
+    setup('cpu', 'float32')
+    limit = bandwidth()
     prompt = torch.randint(arguments['vocab_size'], (1, prompt_tokens))
     print(f'{describe(GPT(GPTConfig(**arguments)))}; this machine reads {limit / 1e9:.1f} GB a second; {prompt_tokens} tokens, {new_tokens} more', flush=True)
     writers = {}  # {name: (texts at once, function that writes and returns when the first token came, bytes read for each step or None)}
@@ -224,10 +225,11 @@ def compare_sampling():
         writers['transformers'] = 1, lambda: peer.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.8, top_k=200,
                                                            max_new_tokens=new_tokens, pad_token_id=0), None
 
-    def writer(model, count):
+    def writer(model, count, dtype):
         def write():
+            torch.backends.mkldnn.set_flags(dtype != 'float32')  # as convert() has set it for this one
             came, t0 = [], time.perf_counter()
-            for _ in model.generate(prompt, new_tokens, lambda logits: draw(logits, torch.rand(count), 0.8, 200), copies=count):
+            for _ in model.generate(prompt, new_tokens, lambda logits: draw(logits, torch.rand(count, 1), 0.8, 200), copies=count):
                 came.append(time.perf_counter() - t0)
             return came[0]
         return write
@@ -235,7 +237,7 @@ def compare_sampling():
         for count in map(int, samples.split(',')):
             model = convert(GPT(GPTConfig(**arguments)), dtype, count)
             size = sum(p.numel() for name, p in GPT(GPTConfig(**arguments)).named_parameters() if 'wpe' not in name) * {'float32': 4, 'int8': 1}.get(dtype, 2)
-            writers[f'{dtype}, {count}'] = count, writer(model, count), size
+            writers[f'{dtype}, {count}'] = count, writer(model, count, dtype), size
             T = min(512, arguments['block_size'])
             with torch.no_grad():
                 ms = median_ms(lambda: model.hidden(torch.zeros(1, T, dtype=torch.int64)), 3)

@@ -183,12 +183,14 @@ class Cache:
 
     def __init__(self, config, rows, slots, pads=None, **kind):
         self.kv = torch.zeros(config.n_layer, 2, config.n_kv_head, rows, slots, config.head_size, **kind)
+        self.layers = [layer.unbind() for layer in self.kv]
         self.pads, self.length = pads, 0
 
     def repeat(self, copies, slots):
         """Each row so many times, side by side, and room for more tokens."""
         kv = self.kv.repeat_interleave(copies, dim=3)
         self.kv = F.pad(kv, (0, 0, 0, slots - kv.size(4)))
+        self.layers = [layer.unbind() for layer in self.kv]
         self.pads = None if self.pads is None else self.pads.repeat_interleave(copies)
 
     def extend(self, T):
@@ -200,7 +202,8 @@ class Cache:
             kept = torch.arange(min(self.length, slots), device=at.device)
             kept = self.length - 1 - (self.length - 1 - kept) % slots  # which token each slot has (n,)
             mask = (self.pads[:, None, None] <= kept) & (kept <= at[:, None]) | (kept == at[:, None])  # (B, T, n); padding sees itself, to have no 0 / 0
-        return [partial(self.attend, *layer, at % slots, mask) for layer in self.kv]
+        places = at % slots
+        return [partial(self.attend, keys, values, places, mask) for keys, values in self.layers]
 
     def attend(self, keys, values, places, mask, q, k, v, dropout):
         """Keep the keys and values (nkv, B, T, hs) of new tokens; what these see by their queries, all (nh, B, T, hs)."""
@@ -209,9 +212,12 @@ class Cache:
         values.index_copy_(2, places, v)
         if T > 1:
             return attention(q, k, v, mask=None if mask is None else mask[:, None])
+        n = min(self.length, keys.size(2))
+        keys, values, mask = keys.narrow(2, 0, n), values.narrow(2, 0, n), None if mask is None else mask[None]
+        if len(k) == nh:
+            return F.scaled_dot_product_attention(q, keys, values, mask)
         q = q.view(len(k), nh // len(k), B, hs).transpose(1, 2)  # (nkv, B, nh / nkv, hs): those that share keys side by side
-        y = F.scaled_dot_product_attention(q, keys[:, :, :self.length], values[:, :, :self.length], None if mask is None else mask[None])
-        return y.transpose(1, 2).reshape(nh, B, 1, hs)
+        return F.scaled_dot_product_attention(q, keys, values, mask).transpose(1, 2).reshape(nh, B, 1, hs)
 
 
 class CausalSelfAttention(nn.Module):
@@ -404,7 +410,7 @@ class GPT(nn.Module):
         if not self.config.rope_theta:
             self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].detach().clone())
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, idx, max_new_tokens, choose=lambda logits: logits.argmax(dim=-1), pads=None, copies=1):
         """
         Continue prompts idx (B, T); yields the next token of every row, (B * copies,), up to max_new_tokens times. Each prompt is read once, for all of

@@ -147,9 +147,10 @@ def continue_all(prompts, seed):
         if not tokens.is_char:  # those that leave its bytes valid UTF-8
             allowed = torch.from_numpy(np.stack([tokens.can_follow(ids) for ids in samples])[:, :vocab_size])
             logits = logits.masked_fill(~allowed.to(logits.device), float('-inf'))
-        uniform = torch.tensor([draws.random() for draws in chance], dtype=torch.float32, device=logits.device)
+        uniform = torch.from_numpy(np.stack([draws.random(1, dtype=np.float32) for draws in chance])).to(logits.device)  # (rows, 1)
         token = draw(logits, uniform, temperature, top_k, top_p, min_p)
-        seen.scatter_(1, token[:, None], True)
+        if repetition_penalty != 1:
+            seen.scatter_(1, token[:, None], True)
         if logprobs or out:
             for score, new, done in zip(scores, own.log_softmax(dim=-1).gather(1, token[:, None])[:, 0].tolist(), over):
                 if not done:

@@ -16,6 +16,8 @@ def convert(model, dtype, rows=1):
     model.eval().requires_grad_(False)
     cpu = model.transformer.wte.weight.device.type == 'cpu'
     model.to(getattr(torch, dtype if dtype != 'int8' else 'float32' if cpu else 'bfloat16'))
+    if cpu and torch.backends.mkl.is_available():
+        torch.backends.mkldnn.set_flags(dtype != 'float32')  # for one row in fp32 its GELU takes 9 us, PyTorch's own one
     if dtype == 'int8':
         new = Int8Linear
     elif cpu and (dtype != 'float32' or rows >= 4) and works(dtype):  # few rows in fp32 are MKL's fastest case
