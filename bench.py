@@ -194,11 +194,11 @@ def print_ratios(name, ours, others):
     print(f'{name}: {", ".join(f"{a / b:.3f}" for a, b in zip(ours, others))}; of the medians: {statistics.median(ours) / statistics.median(others):.3f}')
 
 
-def bandwidth():
-    """Bytes a second in which this machine reads memory: the best of about a second of products of a matrix of 1 GB and a vector."""
-    matrix, vector, best, started = torch.ones(2**18, 1024), torch.ones(1024), 0, time.perf_counter()
+def bandwidth(device):
+    """Bytes a second in which this device reads its memory: the best of about a second of products of a matrix of 1 GB and a vector."""
+    matrix, vector, best, started = torch.ones(2**18, 1024, device=device), torch.ones(1024, device=device), 0, time.perf_counter()
     while time.perf_counter() - started < 1 or not best:
-        best = max(best, matrix.nbytes / duration(lambda: matrix @ vector))
+        best = max(best, matrix.nbytes / duration(lambda: (matrix @ vector)[0].item()))  # waits for a GPU
     return best
 
 
@@ -206,22 +206,24 @@ def compare_sampling():
     """Tokens per second, medians of `runs`, all in turn."""
     shape = {'gpt2': dict(bias=True), 'char': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, bias=False)}
     arguments = vars(GPTConfig(**{'vocab_size': 50257, **shape[network]})) if network in shape else load_checkpoint(checkpoint_path(network), 'meta')['model_args']
-    setup('cpu', 'float32')
-    limit = bandwidth()
-    prompt = torch.randint(arguments['vocab_size'], (1, prompt_tokens))
-    print(f'{describe(GPT(GPTConfig(**arguments)))}; this machine reads {limit / 1e9:.1f} GB a second; {prompt_tokens} tokens, {new_tokens} more', flush=True)
+    if arguments['rope_theta'] and (nanogpt or transformers):
+        sys.exit(f'network={network}: beside nanoGPT and transformers only networks of their GPT-2 can be timed')
+    device = setup(dtype='float32').device
+    limit = bandwidth(device)
+    prompt = torch.randint(arguments['vocab_size'], (1, prompt_tokens), device=device)
+    print(f'{describe(GPT(GPTConfig(**arguments)))}; {device} reads {limit / 1e9:.1f} GB a second; {prompt_tokens} tokens, {new_tokens} more', flush=True)
     writers = {}  # {name: (texts at once, function that writes and returns when the first token came, bytes read for each step or None)}
     if nanogpt:
         spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(nanogpt, 'model.py'))
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # its dataclass looks itself up
         spec.loader.exec_module(module)
-        theirs = module.GPT(module.GPTConfig(**{key: arguments[key] for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')})).eval()
+        theirs = module.GPT(module.GPTConfig(**{key: arguments[key] for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')})).eval().to(device)
         writers['nanoGPT'] = 1, lambda: theirs.generate(prompt, new_tokens, temperature=0.8, top_k=200), None
     if transformers:
         from transformers import GPT2Config, GPT2LMHeadModel
         peer = GPT2LMHeadModel(GPT2Config(vocab_size=arguments['vocab_size'], n_positions=arguments['block_size'], n_embd=arguments['n_embd'],
-                                          n_layer=arguments['n_layer'], n_head=arguments['n_head'], eos_token_id=None, bos_token_id=None)).eval()
+                                          n_layer=arguments['n_layer'], n_head=arguments['n_head'], eos_token_id=None, bos_token_id=None)).eval().to(device)
         writers['transformers'] = 1, lambda: peer.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.8, top_k=200,
                                                            max_new_tokens=new_tokens, pad_token_id=0), None
 
@@ -229,18 +231,19 @@ def compare_sampling():
         def write():
             torch.backends.mkldnn.set_flags(dtype != 'float32')  # as convert() has set it for this one
             came, t0 = [], time.perf_counter()
-            for _ in model.generate(prompt, new_tokens, lambda logits: draw(logits, torch.rand(count, 1), 0.8, 200), copies=count):
+            for token in model.generate(prompt, new_tokens, lambda logits: draw(logits, torch.rand(count, 1, device=device), 0.8, 200), copies=count):
+                token.tolist()  # waits for a GPU
                 came.append(time.perf_counter() - t0)
             return came[0]
         return write
     for dtype in dtypes.split(','):
         for count in map(int, samples.split(',')):
-            model = convert(GPT(GPTConfig(**arguments)), dtype, count)
+            model = convert(GPT(GPTConfig(**arguments)).to(device), dtype, count)
             size = sum(p.numel() for name, p in GPT(GPTConfig(**arguments)).named_parameters() if 'wpe' not in name) * {'float32': 4, 'int8': 1}.get(dtype, 2)
             writers[f'{dtype}, {count}'] = count, writer(model, count, dtype), size
             T = min(512, arguments['block_size'])
             with torch.no_grad():
-                ms = median_ms(lambda: model.hidden(torch.zeros(1, T, dtype=torch.int64)), 3)
+                ms = median_ms(lambda: model.hidden(prompt[:, :1].repeat(1, T))[0, 0, 0].item(), 3)
             print(f'{dtype}, laid out for {count}: a prompt of {T} tokens at {T / ms * 1000:,.0f} tokens a second', flush=True)
     times, firsts = {name: [] for name in writers}, {name: [] for name in writers}
     for _ in range(runs):
@@ -265,8 +268,10 @@ nanogpt = nanogpt and os.path.abspath(find(nanogpt))
 what = what or ('laptop' if nanogpt and not _theirs else 'steps')
 if _theirs and what != 'steps':
     sys.exit(f'bench.py: what={what} takes no {_theirs[0]} (python bench.py --help lists its settings)')
-if steps < 1 or runs < 1:
-    sys.exit(f'steps={steps}, runs={runs}: expected at least 1')
+if min(steps, runs, prompt_tokens, new_tokens) < 1:
+    sys.exit(f'steps={steps}, runs={runs}, prompt_tokens={prompt_tokens}, new_tokens={new_tokens}: expected at least 1')
+if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', samples) or set(dtypes.split(',')) - {'float32', 'bfloat16', 'float16', 'int8'}:
+    sys.exit(f'samples={samples}, dtypes={dtypes}: expected numbers, and float32, bfloat16, float16 or int8, separated by commas')
 if nanogpt and not os.path.exists(os.path.join(nanogpt, 'train.py')):
     sys.exit(f'nanogpt={nanogpt}: expected a folder with nanoGPT; there is no train.py in it')
 if profile and not os.path.isdir(os.path.dirname(os.path.abspath(os.path.expanduser(trace)))):

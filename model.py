@@ -181,17 +181,14 @@ class Cache:
     Once all slots are taken, a token takes that of the oldest. pads (B,): how many of a row's first tokens are padding, which nobody sees.
     """
 
-    def __init__(self, config, rows, slots, pads=None, **kind):
-        self.kv = torch.zeros(config.n_layer, 2, config.n_kv_head, rows, slots, config.head_size, **kind)
-        self.layers = [layer.unbind() for layer in self.kv]
-        self.pads, self.length = pads, 0
+    def __init__(self, kv, pads=None, length=0):
+        self.kv, self.layers = kv, [layer.unbind() for layer in kv]
+        self.pads, self.length = pads, length
 
     def repeat(self, copies, slots):
-        """Each row so many times, side by side, and room for more tokens."""
-        kv = self.kv.repeat_interleave(copies, dim=3)
-        self.kv = F.pad(kv, (0, 0, 0, slots - kv.size(4)))
-        self.layers = [layer.unbind() for layer in self.kv]
-        self.pads = None if self.pads is None else self.pads.repeat_interleave(copies)
+        """Each row so many times, side by side, with room for more tokens."""
+        kv = F.pad(self.kv.repeat_interleave(copies, dim=3), (0, 0, 0, slots - self.kv.size(4)))
+        return Cache(kv, None if self.pads is None else self.pads.repeat_interleave(copies), self.length)
 
     def extend(self, T):
         """Make room for the next tokens: the first T, or a single one. Returns, layer by layer, what to call in the place of attention()."""
@@ -419,13 +416,13 @@ class GPT(nn.Module):
         Beyond block_size learned positions cannot go: there the last block_size tokens are read anew for every token, as nanoGPT does.
         Rotary ones can: each token sees the block_size before it, through which older ones have passed on what they knew.
         """
-        block_size, rows, weight = self.config.block_size, len(idx), self.transformer.wte.weight
-        if pads is not None and idx.size(1) > block_size:
-            pads = (pads - (idx.size(1) - block_size)).clamp(min=0)
+        c, block_size = self.config, self.config.block_size
+        if pads is not None:
+            pads = (pads - max(0, idx.size(1) - block_size)).clamp(min=0)
         idx = idx[:, -block_size:]
-        cache = Cache(self.config, rows, idx.size(1), pads, dtype=weight.dtype, device=weight.device)
+        cache = Cache(self.transformer.wte.weight.new_zeros(c.n_layer, 2, c.n_kv_head, *idx.shape, c.head_size), pads)
         logits = self.lm_head(self.hidden(idx, cache)[:, -1])  # (B, V)
-        cache.repeat(copies, min(idx.size(1) + max_new_tokens, block_size))
+        cache = cache.repeat(copies, min(idx.size(1) + max_new_tokens, block_size))
         logits, idx = (x.repeat_interleave(copies, dim=0) for x in (logits, idx))
         for i in range(max_new_tokens):
             token = choose(logits.float())  # (B * copies,)
@@ -434,7 +431,7 @@ class GPT(nn.Module):
                 return
             idx = torch.cat((idx, token[:, None]), dim=1)
             new = idx[:, -1:]
-            if cache.length == block_size and not self.config.rope_theta:
+            if cache.length == block_size and not c.rope_theta:
                 cache.length, new = 0, idx[:, -block_size:]
                 cache.pads = None if cache.pads is None else (cache.pads - 1).clamp(min=0)
             logits = self.lm_head(self.hidden(new, cache)[:, -1])  # (B * copies, V)

@@ -190,8 +190,11 @@ def continue_all(prompts, seed):
 def write(records):
     """All samples into the file `out`, whole or not at all."""
     if out:
-        with atomic(os.path.expanduser(out), 'w') as f:
-            f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
+        try:
+            with atomic(os.path.expanduser(out), 'w') as f:
+                f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
+        except OSError as error:
+            sys.exit(f'out={out}: could not be written: {error}')
 
 
 prompts = [] if interactive else [encode(text) for text in texts]
@@ -201,6 +204,11 @@ slots = min(block_size, max((len(ids) for _, ids in prompts), default=block_size
 convert(model.to(run.device), run.dtype, rows)
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)
+    try:
+        list(model.generate(torch.zeros(1, 2, dtype=torch.int64, device=run.device), 3, copies=rows))
+    except Exception as error:  # no C++ compiler, no Triton, or weights that it cannot place
+        print(f'warning: torch.compile does not work here ({type(error).__name__}); going on without it', file=sys.stderr)
+        del model.hidden
 c, number = model.config, model.transformer.wte.weight.element_size()
 print(f'cache of keys and values: 2 x {rows} rows x {c.n_layer} layers x {c.n_kv_head} heads x {c.head_size} channels x {slots} tokens x {number} bytes = '
       f'{2 * rows * c.n_layer * c.n_kv_head * c.head_size * slots * number:,} bytes', flush=True)

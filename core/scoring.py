@@ -41,7 +41,7 @@ def read_choices(path, limit=0):
     questions = []
     try:
         with open(path, encoding='utf-8') as f:
-            for number, line in enumerate(f, 1):
+            for number, line in enumerate(f, 1):  # noqa: B007  # the error below says which line
                 if line.strip():
                     item = json.loads(line)
                     questions.append((item['ctx'], item['endings'], int(item['label'])))

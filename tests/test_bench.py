@@ -91,3 +91,29 @@ def test_refusals(tiny_data, tmp_path, args, names):
 def test_help(tmp_path):
     result = run_script('bench.py', 'config/train_gpt2.py', '--help', cwd=tmp_path)
     assert (result.code, result.err, list(tmp_path.iterdir())) == (0, '', []) and '--nanogpt=' in result.out
+
+
+def test_sample():
+    """A row for each dtype and number of texts, and one of transformers; tokens a second are what the milliseconds say."""
+    result = run_script('bench.py', '--sample', '--network=char', '--new_tokens=5', '--runs=1', '--dtypes=float32,int8', '--samples=1,3', '--transformers')
+    assert result.code == 0, result.err
+    rows = dict(re.findall(rf'^(\w+(?:, \d+)?) +({NUMBER} +{NUMBER}.*)$', result.out, re.MULTILINE))
+    assert list(rows) == ['transformers', 'float32, 1', 'float32, 3', 'int8, 1', 'int8, 3']
+    for name, line in rows.items():
+        per_second, ms = (float(number.replace(',', '')) for number in line.split()[:2])
+        assert per_second == pytest.approx((3 if name.endswith('3') else 1) * 1000 / ms, rel=0.05)
+        if name != 'transformers':
+            first, share, ratio = re.match(rf'{NUMBER} +{NUMBER} +({NUMBER}) ms +({NUMBER}) +({NUMBER})', line).groups()
+            assert float(first) > 0 and 0 <= float(share) < 2 and float(ratio) > 0
+    assert re.search(rf'cpu reads {NUMBER} GB a second', result.out) and re.search(rf'int8, laid out for 3: a prompt of 64 tokens at {NUMBER} tokens', result.out)
+
+
+@pytest.mark.parametrize('args, names', [
+    (['--new_tokens=0'], ['new_tokens=0', 'at least 1']),
+    (['--samples=one'], ['samples=one', 'numbers']),
+    (['--dtypes=int4'], ['dtypes=int4', 'int8']),
+    (['--network=nowhere'], ['nowhere', 'no such checkpoint']),
+])
+def test_sample_refuses(args, names):
+    result = run_script('bench.py', '--sample', *args)
+    assert result.code == 1 and len(result.err.strip().splitlines()) == 1 and all(name in result.err for name in names), result.err

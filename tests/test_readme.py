@@ -71,9 +71,11 @@ def test_commands_run(tmp_path):
             continue
         done.add(command)
         words = shlex.split(command)
-        if {'train.py', 'bench.py'} & set(words) and '--help' not in words:
+        if {'train.py', 'bench.py'} & set(words) and not {'--help', '--sample'} & set(words):
             words += SMALL
-        if 'bench.py' in words:
+        if '--sample' in words:
+            words += ['--network=char', '--new_tokens=5', '--runs=1']
+        elif 'bench.py' in words:
             words += ['--max_iters=9', '--steps=1', '--dataset=shakespeare_char']
         words += [f'--init_from={tmp_path / os.path.basename(word.partition("=")[2])}' for word in words if word.startswith('--init_from=') and word not in ('--init_from=out-my', '--init_from=auto')]
         if {'config/train_gpt2.py', 'config/speedrun_1gpu.py', 'config/speedrun_8gpu.py'} & set(words):
@@ -86,7 +88,7 @@ def test_commands_run(tmp_path):
             words += ['--max_new_tokens=4', '--num_samples=2']
         words = [word.replace('=8', '=2') if word.startswith('--nproc') else word for word in words]
         words = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run']}[words[0]] + words[1:]
-        result = subprocess.run(words, cwd=house, env=environment, capture_output=True, text=True, encoding='utf-8', timeout=300)
+        result = subprocess.run(words, cwd=house, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8', timeout=300)
         assert result.returncode == 0, f'{command}\n{result.stdout[-2000:]}\n{result.stderr[-9000:]}'
     assert len(done) > 30
 
