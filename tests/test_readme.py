@@ -10,6 +10,8 @@ import sys
 import pytest
 from conftest import MIRROR, ROOT
 
+from core.tokenizer import gpt2_tokenizer
+
 SMALL = ['--max_iters=2', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=2', '--n_layer=1', '--n_head=1', '--n_kv_head=0', '--n_embd=16',
          '--block_size=16', '--compile=False', '--wandb_log=False']
 BY_MAKE = ('git clone', 'make ', 'python3 -m venv', '. .venv', 'pip install')  # `make` runs these, and test_demo below runs `make demo`
@@ -61,6 +63,7 @@ def test_commands_run(tmp_path):
     house = tmp_path / 'stonegpt'
     shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns('.git', '.venv*', 'out*', '*.bin', 'meta.*', 'tokenizer.json', 'input.txt', 'input', '__pycache__'))
     GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / 'gpt2')
+    (tmp_path / 'gpt2' / 'tokenizer.json').write_text(gpt2_tokenizer().json, encoding='utf-8')
     Qwen3ForCausalLM(Qwen3Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)).save_pretrained(tmp_path / 'Qwen3-0.6B')
     stand_ins(house, tmp_path)
     environment = {**os.environ, 'DATA_MIRROR': str(tmp_path / 'mirror'), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1',
