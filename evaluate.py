@@ -43,7 +43,6 @@ limit = 0  # questions of each task; 0: all
 batch_size = 8  # rows at once
 device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e.g. 'cpu', 'cuda:1'
 dtype = 'auto'  # of the weights, as in sample.py: float32, bfloat16, float16, int8; several, separated by commas, one after the other
-seed = 1337  # for nanoGPT's sake: nothing here is random
 # ---------------------------------------------------------------------------------------------------------------------------------------
 sys.excepthook = explain
 config, config_given = {}, {}  # filled by the next line: every setting with its value, and what the command line set
@@ -55,7 +54,7 @@ for key, least in {'block_size': 0, 'stride': 0, 'limit': 0, 'batch_size': 1}.it
 if split not in ('val', 'train'):
     sys.exit(f'split={split}: expected val or train')
 questions = {path: read_choices(find(path), limit) for path in tasks.split(',') if path}
-runs = [setup(device, name, seed=seed) for name in dtype.split(',')]
+runs = [setup(device, name) for name in dtype.split(',')]
 
 
 def open_text(data, tokens):
@@ -85,7 +84,7 @@ def open_text(data, tokens):
 def losses(model, tokens, run):
     """Print the loss of the text, every token of it once but the first."""
     config, T = model.config, block_size or model.config.block_size
-    if T > config.block_size and not config.rope_theta or stride > T:
+    if T > config.block_size or stride > T:
         sys.exit(f'block_size={T}, stride={stride or T}: expected windows of at most {config.block_size} tokens, the context of this network, and a stride of at most one window')
     name, take, parts, known = open_text(data, tokens)
     step, places = stride or T, []
