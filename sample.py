@@ -230,6 +230,7 @@ for i in range(0, len(prompts), at_once):
 write(records)
 if records and not interactive:
     seconds, count = time.perf_counter() - started, sum(len(record['tokens']) for record in records)
-    print(f'{count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} a second')
+    if sys.stderr.isatty():  # what is written elsewhere is the same each time
+        print(f'{count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} a second', file=sys.stderr)
     if any(record['over'] == 'interrupted' for record in records):
         sys.exit(130)

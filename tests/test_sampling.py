@@ -247,7 +247,7 @@ def test_out(tiny_run, tmp_path):
 def test_stops(tiny_run):
     """The first of several stop texts ends a sample; printed as it comes it is the same, and nothing of the stop text is shown."""
     whole = sample(tiny_run, '--start=one', '--num_samples=1', '--max_new_tokens=60', '--temperature=1', '--end_token=')
-    text = whole[whole.index('bytes\n') + 6:whole.rindex('\n60 tokens')]
+    text = whole[whole.index('bytes\n') + 6:-1]
     assert text.startswith('one')
     a, b = text[20:23], text[30:34]
     for number in (1, 2):
