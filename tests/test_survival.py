@@ -472,3 +472,11 @@ def test_processes_that_do_not_see_the_same(what, differs, tiny_data, tmp_path):
     command = f'PLACE={tmp_path}; {differs} exec {sys.executable} {ROOT / "train.py"} {" ".join(TINY)} --dataset={dataset} --out_dir={tmp_path / "out"} $SEED'
     out = torchrun('--standalone', '--nproc_per_node=2', '--no_python', 'bash', '-c', command).communicate(timeout=120)[0]
     assert f'{what}' in out and 'process 1 sees another than process 0' in out and not (tmp_path / 'out').exists()
+
+
+def test_a_lost_process_is_said(capsys):
+    """What gloo raises when the other end is gone is one line that says what to do."""
+    from core.device import explain
+    explain(RuntimeError, RuntimeError('[gloo/transport/tcp/pair.cc:547]\n Connection closed by peer'), None)
+    said = capsys.readouterr().err
+    assert said.startswith('lost another process of this run') and '--max-restarts' in said
