@@ -40,7 +40,7 @@ min_p = 0.0  # draw from tokens with at least this share of the most likely one'
 repetition_penalty = 1.0  # above 1: tokens of the text so far become less likely; 1.2 is a lot
 stop = ''  # end a sample before this text; may be given several times
 end_token = '<|endoftext|>'  # end a sample before this special token; '': go on to max_new_tokens
-seed = 1337  # of the draws: the same seed, the same text, whatever is drawn beside it
+seed = 1337  # of the draws: the same seed, the same text, whatever is drawn beside it (each line of --interactive has another)
 logprobs = False  # print the log-probability of each token, as the model has it (in nats, at temperature 1)
 out = ''  # write the samples to this file, too: a line of JSON each
 batch_size = 64  # rows computed at once; of more texts than that some wait
@@ -65,6 +65,11 @@ if top_k == 0 and 'top_k' in config_given:
     print('top_k=0: drawing from all tokens', file=sys.stderr)
 if out and not os.path.isdir(os.path.dirname(os.path.abspath(os.path.expanduser(out)))):
     sys.exit(f'out={out}: there is no such folder to write it to')
+out = out and os.path.realpath(os.path.expanduser(out))  # a link stays one
+if out and os.path.exists(out) and not os.path.isfile(out):
+    sys.exit(f'out={out}: no regular file; give the name of one')
+if seed >= 2**63:
+    sys.exit(f'seed={seed}: expected less than 2**63')
 if interactive:
     num_samples = num_samples if 'num_samples' in config_given else 1
 stops = [text for text in config_given.get('stop', [stop]) if text]
@@ -191,7 +196,7 @@ def write(records):
     """All samples into the file `out`, whole or not at all."""
     if out:
         try:
-            with atomic(os.path.expanduser(out), 'w') as f:
+            with atomic(out, 'w') as f:
                 f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
         except OSError as error:
             sys.exit(f'out={out}: could not be written: {error}')

@@ -45,6 +45,8 @@ def read_choices(path, limit=0):
                 if line.strip():
                     item = json.loads(line)
                     questions.append((item['ctx'], item['endings'], int(item['label'])))
+                    if not item['ctx'] or not isinstance(item['endings'], list) or not all(item['endings']):
+                        raise ValueError('an empty text, or endings that are no list')
                     if not 0 <= questions[-1][2] < len(item['endings']):
                         raise ValueError(f'label {item["label"]} of {len(item["endings"])} endings')
                 if limit and len(questions) == limit:

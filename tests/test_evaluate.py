@@ -152,6 +152,9 @@ metric_list: [{{metric: {'bits_per_byte' if name == 'rolling' else 'exact_match'
     ('', ['--tasks={file}'], ['no questions']),
     ('{"ctx": "one"}', ['--tasks={file}'], ['line 1', 'endings']),
     ('{"ctx": "one", "endings": ["a", "b"], "label": 2}', ['--tasks={file}'], ['line 1', 'label 2 of 2']),
+    ('{"ctx": "one", "endings": ["a", ""], "label": 0}', ['--tasks={file}'], ['line 1', 'empty']),
+    ('{"ctx": "", "endings": ["a", "b"], "label": 0}', ['--tasks={file}'], ['line 1', 'empty']),
+    ('{"ctx": "one", "endings": "ab", "label": 0}', ['--tasks={file}'], ['line 1', 'no list']),
     ('', ['--dtype=float32,int4'], ['dtype=int4']),
 ], ids=lambda x: None)
 def test_bad_input(tiny_run, tmp_path, content, args, names):

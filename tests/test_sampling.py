@@ -321,7 +321,7 @@ def test_padded_ids_are_never_sampled(tmp_path):
     make_dataset(tmp_path / 'd', write(tmp_path / 'x.txt', text), tokenizer='char')
     args = ['--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=1', '--n_head=1', '--n_embd=8', '--block_size=8', '--batch_size=1', '--gradient_accumulation_steps=1', '--eval_iters=1']
     assert run_script('train.py', *args, f'--dataset={tmp_path / "d"}', f'--out_dir={tmp_path / "o"}', '--max_iters=1').code == 0
-    checkpoint = torch.load(tmp_path / 'o' / 'ckpt.pt')
+    checkpoint = torch.load(tmp_path / 'o' / 'ckpt.pt', weights_only=True)
     assert checkpoint['model']['lm_head.weight'].shape[0] == 4224
     known = 4201
     checkpoint['model']['lm_head.weight'][known:] = 100 * torch.sign(checkpoint['model']['transformer.ln_f.weight'])
@@ -346,6 +346,9 @@ def test_padded_ids_are_never_sampled(tmp_path):
     (['--prompts={folder}/gbk.txt'], ['gbk.txt', 'UTF-8']),
     (['--out={folder}/none/o.jsonl'], ['o.jsonl', 'no such folder']),
     (['--dtype=int4'], ['dtype=int4', 'int8']),
+    (['--out={folder}'], ['out=', 'no regular file']),
+    (['--out=/dev/null'], ['out=/dev/null', 'no regular file']),
+    (['--seed=99999999999999999999'], ['seed=99999999999999999999', '2**63']),
 ], ids=lambda x: x[0] if isinstance(x, list) else '')
 def test_bad_input(tiny_run, tmp_path, args, names):
     (tmp_path / 'empty.txt').write_text('\n', encoding='utf-8')
