@@ -9,6 +9,7 @@ How good a model is: its loss on any text, in bits per byte too, and its answers
 """
 import math
 import os
+import re
 import sys
 import time
 from types import SimpleNamespace
@@ -64,12 +65,15 @@ def open_text(data, tokens):
     """
     path = find(data)
     if not os.path.isfile(path):
-        found = open_dataset(data)
+        try:
+            found = open_dataset(data)
+        except SystemExit as error:
+            sys.exit(re.sub('^dataset=', 'data=', str(error)))
         if found.tokenizer and found.tokenizer.json != tokens.json and found.tokenizer.pieces != tokens.pieces:
             sys.exit(f'data={data}: its tokens are those of another tokenizer; prepare it with that of the model, or give a text file')
         return f'{found.folder}, {split}', lambda at, T: windows(found, split, at, T), list(zip([0, *found.ends[split]], found.ends[split])), found
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             ids = tokens.encode(f.read())
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f'data={data}: {error}; expected a dataset folder or a text file in UTF-8')

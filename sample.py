@@ -38,7 +38,7 @@ top_k = 200  # draw from the k most likely tokens only; 0: from all
 top_p = 1.0  # draw from the smallest set of tokens with this much probability only
 min_p = 0.0  # draw from tokens with at least this share of the most likely one's probability only
 repetition_penalty = 1.0  # above 1: tokens of the text so far become less likely; 1.2 is a lot
-stop = ''  # end a sample before this text; may be given several times
+stop = ''  # end a sample before this text, in which \n is the end of a line; may be given several times
 end_token = '<|endoftext|>'  # end a sample before this special token; '': go on to max_new_tokens
 seed = 1337  # of the draws: the same seed, the same text, whatever is drawn beside it (each line of --interactive has another)
 logprobs = False  # print the log-probability of each token, as the model has it (in nats, at temperature 1)
@@ -71,21 +71,23 @@ if out and os.path.exists(out) and not os.path.isfile(out):
 if seed >= 2**63:
     sys.exit(f'seed={seed}: expected less than 2**63')
 if interactive:
+    if prompts or 'start' in config_given:
+        sys.exit('interactive: the lines to continue come from the keyboard; leave out --start and --prompts')
     num_samples = num_samples if 'num_samples' in config_given else 1
-stops = [text for text in config_given.get('stop', [stop]) if text]
+stops = [text.replace('\\n', '\n') for text in config_given.get('stop', [stop]) if text]
 
 
 def read(key, path):
     try:
-        with open(find(path), encoding='utf-8') as f:
+        with open(find(path), encoding='utf-8-sig') as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f'{key}={path}: {error}; expected a text file in UTF-8')
 
 
-texts = [read('start', text[5:]) if text.startswith('FILE:') else text for text in config_given.get('start', [start])]
+texts = [('', read('start', text[5:]) if text.startswith('FILE:') else text) for text in config_given.get('start', [start])]  # where it comes from, the text
 if prompts:
-    texts = [line for line in read('prompts', prompts).splitlines() if line]
+    texts = [(f'{prompts}, line {number}: ', line) for number, line in enumerate(read('prompts', prompts).splitlines(), 1) if line]
     if not texts:
         sys.exit(f'prompts={prompts}: the file is empty; expected a text in each line')
 run = setup(device, dtype, seed=seed)
@@ -95,24 +97,24 @@ block_size, vocab_size = model.config.block_size, min(tokens.vocab_size, model.c
 if end_token and end_token not in tokens.specials and 'end_token' in config_given:
     sys.exit(f'end_token={end_token}: no special token of this tokenizer; it has {", ".join(tokens.specials) or "none"}')
 end = tokens.specials.get(end_token)
-if texts == ['\n'] and 'start' not in config_given and tokens.unknown('\n'):
-    texts = [tokens.decode([0])]  # a vocabulary without newlines: begin with its first character
+if texts == [('', '\n')] and 'start' not in config_given and tokens.unknown('\n'):
+    texts = [('', tokens.decode([0]))]  # a vocabulary without newlines: begin with its first character
 
 
-def encode(text):
+def encode(where, text):
     """A text to continue, so far as the vocabulary has its characters, and its token ids (T,). Ends the script with one line where there are none."""
     unknown = tokens.unknown(text)
     if unknown and skip_unknown:
         text = text.translate({ord(char): None for char in unknown})
     elif unknown:
-        sys.exit(f'not in this vocabulary: {", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown)}; write the text without, or leave them out by --skip_unknown')
+        sys.exit(f'{where}not in this vocabulary: {", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown)}; write the text without, or leave them out by --skip_unknown')
     ids = tokens.encode(text, allow_eot=True)
     if len(ids) == 0:
-        sys.exit('start is empty: give at least one character' + ', or --start="<|endoftext|>" to begin anew' * (tokens.eot is not None))
+        sys.exit(f'{where}there is no text to continue: give at least one character' + ', or --start="<|endoftext|>" to begin anew' * (tokens.eot is not None))
     if ids.max() >= model.config.vocab_size:
-        sys.exit(f'the prompt has token {ids.max()}, the model only {model.config.vocab_size}; is this the right tokenizer?')
+        sys.exit(f'{where}the prompt has token {ids.max()}, the model only {model.config.vocab_size}; is this the right tokenizer?')
     if len(ids) > block_size:
-        print(f'the text has {len(ids):,} tokens, the context of this network {block_size:,}: its last {block_size:,} count', file=sys.stderr)
+        print(f'{where}the text has {len(ids):,} tokens, the context of this network {block_size:,}: its last {block_size:,} count', file=sys.stderr)
     return text, ids[-block_size:]
 
 
@@ -133,7 +135,7 @@ def why_over(ids):
 
 
 def continue_all(prompts, seed):
-    """Print num_samples continuations of each of these prompts, [(text, ids), ...]. Returns a dict for each; Ctrl-C ends them early."""
+    """Print num_samples continuations of each of these prompts, [(text, ids), ...], and add a dict for each to `records`; Ctrl-C ends them early."""
     texts, prompts = zip(*prompts)
     rows, longest = len(prompts) * num_samples, max(map(len, prompts))
     pads = torch.tensor([longest - len(ids) for ids in prompts])
@@ -179,22 +181,23 @@ def continue_all(prompts, seed):
                 shown = settled
             if all(over):
                 break
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         over = [reason or 'interrupted' for reason in over]
-    records = []
-    for row, ids in enumerate(samples):
-        start, text = texts[row // num_samples], text_of(ids)
-        print(text[shown:] if stream else f'{start}{text}\n---------------')
+    done = [{'start': texts[row // num_samples], 'sample': row % num_samples, 'text': text_of(ids), 'over': over[row] or 'length', 'tokens': ids, 'logprobs': scores[row]}
+            for row, ids in enumerate(samples)]
+    records.extend(done)
+    for record in done:
+        print(record['text'][shown:] if stream else f'{record["start"]}{record["text"]}\n---------------')
         if logprobs:
-            for token, score in zip(ids, scores[row]):
-                print(f'{score:9.4f}  {tokens.decode([token])!r}')
-        records.append({'start': start, 'sample': row % num_samples, 'text': text, 'over': over[row] or 'length', 'tokens': ids, 'logprobs': scores[row]})
-    return records
+            for token, score in zip(record['tokens'], record['logprobs']):
+                piece = tokens.decode([token])
+                piece = tokens.pieces[token] if '\ufffd' in piece else piece  # of half a character its bytes
+                print(f'{score:9.4f}  {piece!r}')
 
 
-def write(records):
+def write():
     """All samples into the file `out`, whole or not at all."""
-    if out:
+    if out and records:
         try:
             with atomic(out, 'w') as f:
                 f.writelines(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
@@ -202,7 +205,7 @@ def write(records):
             sys.exit(f'out={out}: could not be written: {error}')
 
 
-prompts = [] if interactive else [encode(text) for text in texts]
+prompts = [] if interactive else [encode(where, text) for where, text in texts]
 at_once = max(1, batch_size // num_samples)  # prompts
 rows = num_samples * min(max(1, len(prompts)), at_once)
 slots = min(block_size, max((len(ids) for _, ids in prompts), default=block_size) + max_new_tokens)
@@ -218,21 +221,23 @@ c, number = model.config, model.transformer.wte.weight.element_size()
 print(f'cache of keys and values: 2 x {rows} rows x {c.n_layer} layers x {c.n_kv_head} heads x {c.head_size} channels x {slots} tokens x {number} bytes = '
       f'{2 * rows * c.n_layer * c.n_kv_head * c.head_size * slots * number:,} bytes', flush=True)
 records, started = [], time.perf_counter()
-while interactive:
-    try:
-        line = input('> ')
-    except (EOFError, KeyboardInterrupt):
-        print()
-        break
-    try:
-        records += continue_all([encode(line)], seed + len(records))
-    except SystemExit as error:  # what cannot be continued
-        print(error, file=sys.stderr)
-for i in range(0, len(prompts), at_once):
-    records += continue_all(prompts[i:i + at_once], seed)
-    if any(record['over'] == 'interrupted' for record in records):
-        break
-write(records)
+try:
+    while interactive:
+        try:
+            line = input('> ')
+        except (EOFError, KeyboardInterrupt):
+            print()
+            break
+        try:
+            continue_all([encode('', line)], seed + len(records))
+        except SystemExit as error:  # what cannot be continued
+            print(error, file=sys.stderr)
+    for i in range(0, len(prompts), at_once):
+        continue_all(prompts[i:i + at_once], seed)
+        if any(record['over'] == 'interrupted' for record in records):
+            break
+finally:  # also where the reader of what is printed has gone
+    write()
 if records and not interactive:
     seconds, count = time.perf_counter() - started, sum(len(record['tokens']) for record in records)
     if sys.stderr.isatty():  # what is written elsewhere is the same each time

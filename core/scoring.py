@@ -40,7 +40,7 @@ def read_choices(path, limit=0):
     """
     questions = []
     try:
-        with open(path, encoding='utf-8') as f:
+        with open(path, encoding='utf-8-sig') as f:
             for number, line in enumerate(f, 1):  # noqa: B007  # the error below says which line
                 if line.strip():
                     item = json.loads(line)
@@ -118,4 +118,11 @@ def harness(model, tokenizer, tasks, folder='', limit=0, batch_size=8):
                 texts.append(found[:min([found.index(stop) for stop in stops if stop in found], default=None)])
             return texts
 
-    return simple_evaluate(model=Network(), tasks=tasks, task_manager=TaskManager(include_path=folder or None), limit=limit or None)
+    manager = TaskManager(include_path=folder or None)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        sys.exit(f'lm_eval={",".join(tasks)}: no task named {", ".join(unknown)} (lm_eval ls tasks lists them)')
+    try:
+        return simple_evaluate(model=Network(), tasks=tasks, task_manager=manager, limit=limit or None)
+    except OSError as error:  # what the hub's libraries raise without a network, and for a dataset that is not there
+        sys.exit(f'lm_eval={",".join(tasks)}: its data cannot be had: {type(error).__name__}: {" ".join(str(error).split())[:200]}')

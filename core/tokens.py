@@ -66,7 +66,8 @@ def open_dataset(name):
 
 def _open_folder(name):
     """One folder: a namespace of folder, dtype, vocab_size, tokenizer, files {split: [(path, tokens)]}."""
-    folder = find(os.path.join('data', os.path.expanduser(name)))
+    places = [find(path) for path in (os.path.join('data', os.path.expanduser(name)), name)]
+    folder = next((place for place in places if os.path.isdir(place)), places[0])
     prepare = f'run: python {folder}/prepare.py' if os.path.exists(f'{folder}/prepare.py') else 'python data/any_text/prepare.py makes one from your own text'
     paths = {split: sorted(glob.glob(f'{glob.escape(folder)}/{split}.bin') or glob.glob(f'{glob.escape(folder)}/{split}_[0-9]*.bin'),
                            key=lambda path: (len(path), path))

@@ -127,7 +127,7 @@ def test_settings_in_a_file(tiny_data, tmp_path, text, names):
     (['--top_p=0'], ['top_p=0.0', 'more than 0']),
     (['--top_p=1.5'], ['top_p=1.5', 'at most 1']),
     (['--start=one €'], ['€', 'U+20AC']),
-    (['--start='], ['start is empty']),
+    (['--start='], ['no text to continue']),
     (['--start=FILE:no/such.txt'], ['no/such.txt']),
     (['--tokenizer=no/such.json'], ['no/such.json', 'tokenizer.json']),
     (['--ckpt=no/such.pt'], ['no/such.pt', '--ckpt']),
@@ -138,7 +138,7 @@ def test_sampling_settings(tiny_run, args, names):
     refuse('sample.py', f'--out_dir={tiny_run}', '--device=cpu', '--start=one', *args, names=names)
 
 
-@pytest.mark.parametrize('content, names', [(b'', ['start is empty']), ('one é'.encode('latin-1'), ['prompt.txt', 'UTF-8'])])
+@pytest.mark.parametrize('content, names', [(b'', ['no text to continue']), ('one é'.encode('latin-1'), ['prompt.txt', 'UTF-8'])])
 def test_prompt_file(tiny_run, tmp_path, content, names):
     """An empty prompt file, and one in another encoding."""
     (tmp_path / 'prompt.txt').write_bytes(content)

@@ -145,7 +145,7 @@ metric_list: [{{metric: {'bits_per_byte' if name == 'rolling' else 'exact_match'
     ('one two', ['--data={file}'], ['7 tokens', 'a window has 32', '--block_size=6']),
     ('one' * 20 + 'Ω', ['--data={file}'], ["'Ω' (U+03A9)"]),
     ('红楼梦'.encode('gbk'), ['--data={file}'], ['UTF-8']),
-    ('', ['--data=nowhere'], ['dataset=nowhere', 'train.bin']),
+    ('', ['--data=nowhere'], ['data=nowhere', 'train.bin']),
     ('one' * 20, ['--data={file}', '--block_size=64'], ['block_size=64', 'at most 32']),
     ('one' * 20, ['--data={file}', '--stride=33'], ['stride=33']),
     ('', ['--split=test'], ['split=test', 'val or train']),
@@ -156,8 +156,11 @@ metric_list: [{{metric: {'bits_per_byte' if name == 'rolling' else 'exact_match'
     ('{"ctx": "", "endings": ["a", "b"], "label": 0}', ['--tasks={file}'], ['line 1', 'empty']),
     ('{"ctx": "one", "endings": "ab", "label": 0}', ['--tasks={file}'], ['line 1', 'no list']),
     ('', ['--dtype=float32,int4'], ['dtype=int4']),
+    ('', ['--lm_eval=no_such_task'], ['no_such_task', 'lm_eval ls tasks']),
+    ('', ['--lm_eval=piqa'], ['lm_eval=piqa', 'cannot be had']),
 ], ids=lambda x: None)
-def test_bad_input(tiny_run, tmp_path, content, args, names):
+def test_bad_input(tiny_run, tmp_path, monkeypatch, content, args, names):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     path = write(tmp_path / 'file', content)
     result = run_script('evaluate.py', f'--out_dir={tiny_run}', '--device=cpu', *(arg.replace('{file}', path) for arg in args))
     assert result.code == 1 and len(result.err.strip().splitlines()) == 1, result.err

@@ -291,7 +291,7 @@ def test_interactive(tiny_run, monkeypatch):
     monkeypatch.setattr('builtins.input', answer)
     result = run_script('sample.py', f'--out_dir={tiny_run}', '--device=cpu', '--interactive', '--max_new_tokens=5')
     assert result.code == 0
-    assert "'Ω' (U+03A9)" in result.err and 'is empty' in result.err
+    assert "'Ω' (U+03A9)" in result.err and 'no text to continue' in result.err
     assert result.out.split('bytes\n')[1].startswith('one') and '\ntwo' in result.out
 
 
@@ -309,10 +309,28 @@ def test_interrupted(chinese_run, tmp_path):
     assert record['over'] == 'interrupted' and len(record['text']) > 3
 
 
-def test_closed_pipe(tiny_run):
-    """`| head` ends it quietly."""
-    done = subprocess.run(f'{sys.executable} sample.py --out_dir={tiny_run} --device=cpu --start=one --num_samples=1 --max_new_tokens=3000 | head -c 20', shell=True, cwd=ROOT, capture_output=True)
-    assert done.stderr == b'' and len(done.stdout) == 20
+@pytest.mark.parametrize('number', [1, 700])
+def test_closed_pipe(tiny_run, tmp_path, number):
+    """`| head` ends it quietly, and what there is is written to the file."""
+    done = subprocess.run(f'{sys.executable} sample.py --out_dir={tiny_run} --device=cpu --start=one --num_samples={number} --max_new_tokens={3000 // number * 30} '
+                          f'--end_token= --out={tmp_path / "o.jsonl"} | head -c 2000', shell=True, cwd=ROOT, capture_output=True)
+    assert done.stderr == b'' and b' bytes\none' in done.stdout
+    assert len(records(tmp_path / 'o.jsonl')) == number
+
+
+def test_half_characters(chinese_run):
+    """--logprobs shows the bytes of a token that is no whole character."""
+    out = sample(chinese_run, '--start=满纸', '--num_samples=2', '--max_new_tokens=40', '--logprobs')
+    assert r"b'\x" in out and r'\ufffd' not in out and '\ufffd' not in out
+
+
+def test_texts_from_windows(tiny_run, tmp_path):
+    """A byte-order mark is no part of the text, and a new line is one however it is typed."""
+    (tmp_path / 'p.txt').write_text('one', encoding='utf-8-sig')
+    for args in ([f'--prompts={tmp_path / "p.txt"}'], [f'--start=FILE:{tmp_path / "p.txt"}']):
+        assert 'bytes\none' in sample(tiny_run, *args, '--num_samples=1', '--max_new_tokens=5')
+    outs = [sample(tiny_run, '--start=one', '--max_new_tokens=60', '--temperature=1', f'--stop={stop}', '--num_samples=1') for stop in ('\\n', '\n')]
+    assert outs[0].split('bytes\n')[1] == outs[1].split('bytes\n')[1] and outs[0].split('bytes\n')[1].count('\n') == 1
 
 
 def test_padded_ids_are_never_sampled(tmp_path):
@@ -344,6 +362,9 @@ def test_padded_ids_are_never_sampled(tmp_path):
     (['--prompts=no.txt'], ['prompts=no.txt', 'No such file', 'UTF-8']),
     (['--prompts={folder}/empty.txt'], ['empty.txt', 'is empty']),
     (['--prompts={folder}/gbk.txt'], ['gbk.txt', 'UTF-8']),
+    (['--prompts={folder}/second.txt'], ['second.txt, line 3', "'Ω' (U+03A9)"]),
+    (['--prompts={folder}/second.txt', '--skip_unknown'], ['second.txt, line 3', 'no text to continue']),
+    (['--interactive'], ['interactive', '--start']),
     (['--out={folder}/none/o.jsonl'], ['o.jsonl', 'no such folder']),
     (['--dtype=int4'], ['dtype=int4', 'int8']),
     (['--out={folder}'], ['out=', 'no regular file']),
@@ -352,6 +373,7 @@ def test_padded_ids_are_never_sampled(tmp_path):
 ], ids=lambda x: x[0] if isinstance(x, list) else '')
 def test_bad_input(tiny_run, tmp_path, args, names):
     (tmp_path / 'empty.txt').write_text('\n', encoding='utf-8')
+    (tmp_path / 'second.txt').write_text('one\n\nΩ\n', encoding='utf-8')
     (tmp_path / 'gbk.txt').write_bytes('红楼梦'.encode('gbk'))
     args = [arg.replace('{folder}', str(tmp_path)) for arg in args]
     result = run_script('sample.py', f'--out_dir={tiny_run}', '--device=cpu', '--start=one', *args)
