@@ -46,6 +46,15 @@ def test_shards_are_one_text(tmp_path):
     assert y[1] == [*ids[96:100].tolist(), -1, -1, -1, -1]
 
 
+def test_a_folder_by_its_name_or_its_path(tmp_path, monkeypatch):
+    """dataset=d is data/d, where there is one, and otherwise the folder d itself, from where one is."""
+    path = folder_of(tmp_path / 'data' / 'd', train=[random_ids(100)], val=[random_ids(30)])
+    monkeypatch.chdir(tmp_path)
+    assert {open_dataset(name).splits['train'] for name in ('d', 'data/d', path)} == {100}
+    folder_of(tmp_path / 'd', train=[random_ids(50)], val=[random_ids(30)])
+    assert (open_dataset('d').splits['train'], open_dataset('./d').splits['train']) == (100, 100)
+
+
 def test_shards_beyond_99999_keep_their_order(tmp_path):
     path = tmp_path / 'd'
     folder_of(path, train=[[1, 2], [3, 4]])
