@@ -157,12 +157,12 @@ metric_list: [{{metric: {'bits_per_byte' if name == 'rolling' else 'exact_match'
     ('{"ctx": "one", "endings": "ab", "label": 0}', ['--tasks={file}'], ['line 1', 'no list']),
     ('', ['--dtype=float32,int4'], ['dtype=int4']),
     ('', ['--lm_eval=no_such_task'], ['no_such_task', 'lm_eval ls tasks']),
-    ('', ['--lm_eval=piqa'], ['lm_eval=piqa', 'cannot be had']),
+    ('task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {validation: gone.jsonl}}\nvalidation_split: validation\noutput_type: multiple_choice\n'
+     'doc_to_text: "{{ctx}}"\ndoc_to_choice: "{{endings}}"\ndoc_to_target: "{{label}}"\n', ['--lm_eval=gone', '--lm_eval_folder={folder}'], ['lm_eval=gone', 'cannot be had']),
 ], ids=lambda x: None)
-def test_bad_input(tiny_run, tmp_path, monkeypatch, content, args, names):
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    path = write(tmp_path / 'file', content)
-    result = run_script('evaluate.py', f'--out_dir={tiny_run}', '--device=cpu', *(arg.replace('{file}', path) for arg in args))
+def test_bad_input(tiny_run, tmp_path, content, args, names):
+    path = write(tmp_path / ('task.yaml' if '--lm_eval=gone' in args else 'file'), content)
+    result = run_script('evaluate.py', f'--out_dir={tiny_run}', '--device=cpu', *(arg.replace('{file}', path).replace('{folder}', str(tmp_path)) for arg in args))
     assert result.code == 1 and len(result.err.strip().splitlines()) == 1, result.err
     for name in names:
         assert name in result.err
