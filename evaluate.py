@@ -75,6 +75,8 @@ def open_text(data, tokens):
     try:
         with open(path, encoding='utf-8-sig') as f:
             ids = tokens.encode(f.read())
+    except SystemExit as error:
+        sys.exit(f'data={data}: {error}')
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f'data={data}: {error}; expected a dataset folder or a text file in UTF-8')
 
@@ -94,7 +96,7 @@ def losses(model, tokens, run):
     step, places = stride or T, []
     for begin, end in parts:
         if begin < end <= begin + T:
-            sys.exit(f'{name}: {end - begin:,} tokens, and a window has {T:,} and one to predict; give more text, or a window that fits: --block_size={end - begin - 1}')
+            sys.exit(f'{name}: {end - begin:,} tokens, and a window has {T:,} and one to predict; give more text' + f', or a window that fits: --block_size={end - begin - 1}' * (end - begin > 1))
         places += [(at, at if at == begin else at + T - step) for at in range(begin, max(begin, end - 1 - T + step), step)]  # where a row begins, and what counts
     if not places:
         sys.exit(f'{name}: no tokens')
@@ -121,7 +123,10 @@ for run in runs:
     if data:
         losses(model, tokens, run)
     for path, asked in questions.items():
-        acc, acc_norm = multiple_choice(model, tokens, asked, delimiter, batch_size)
+        try:
+            acc, acc_norm = multiple_choice(model, tokens, asked, delimiter, batch_size)
+        except SystemExit as error:
+            sys.exit(f'{path}: {error}')
         print(f'{path}: {len(asked):,} questions, {run.dtype}: acc {acc:.4f}, acc_norm {acc_norm:.4f} (guessing: {np.mean([1 / len(endings) for _, endings, _ in asked]):.4f})', flush=True)
     if lm_eval:
         results = harness(model, tokens, lm_eval.split(','), find(lm_eval_folder) if lm_eval_folder else '', limit, batch_size)

@@ -28,7 +28,7 @@ out_dir = 'out'  # the run to sample from, if init_from is 'resume'
 ckpt = ''  # this checkpoint file rather than the one that out_dir offers
 tokenizer = ''  # 'gpt2' or a tokenizer.json, rather than the one that comes with the model
 start = '\n'  # the text to continue, may be given several times; '<|endoftext|>' in it is the token; FILE:prompt.txt takes it from a file
-prompts = ''  # a file of texts to continue, one in each line
+prompts = ''  # a file of texts to continue, one in each line, after those of --start
 interactive = False  # read a line and continue it, again and again
 skip_unknown = False  # leave out the characters of a text that the vocabulary lacks, rather than stop there
 num_samples = 10  # how many to draw of each text, all at once; a single one is printed as it comes
@@ -40,10 +40,10 @@ min_p = 0.0  # draw from tokens with at least this share of the most likely one'
 repetition_penalty = 1.0  # above 1: tokens of the text so far become less likely; 1.2 is a lot
 stop = ''  # end a sample before this text, in which \n is the end of a line; may be given several times
 end_token = '<|endoftext|>'  # end a sample before this special token; '': go on to max_new_tokens
-seed = 1337  # of the draws: the same seed, the same text, whatever is drawn beside it (each line of --interactive has another)
+seed = 1337  # of the draws: the same seed, the same text, in float32 whatever is drawn beside it (each line of --interactive has another)
 logprobs = False  # print the log-probability of each token, as the model has it (in nats, at temperature 1)
 out = ''  # write the samples to this file, too: a line of JSON each
-batch_size = 64  # rows computed at once; of more texts than that some wait
+batch_size = 64  # samples computed at once; of more than that some texts wait, but all samples of a text are computed together
 device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e.g. 'cpu', 'cuda:1'
 dtype = 'auto'  # of the weights: bfloat16 or float16 on CUDA, float32 elsewhere; or say which; int8: one byte each
 compile = False  # torch.compile: worth its minute only for very many samples
@@ -87,9 +87,10 @@ def read(key, path):
 
 texts = [('', read('start', text[5:]) if text.startswith('FILE:') else text) for text in config_given.get('start', [start])]  # where it comes from, the text
 if prompts:
-    texts = [(f'{prompts}, line {number}: ', line) for number, line in enumerate(read('prompts', prompts).splitlines(), 1) if line]
-    if not texts:
+    lines = [(f'{prompts}, line {number}: ', line) for number, line in enumerate(read('prompts', prompts).splitlines(), 1) if line]
+    if not lines:
         sys.exit(f'prompts={prompts}: the file is empty; expected a text in each line')
+    texts = texts * ('start' in config_given) + lines
 run = setup(device, dtype, seed=seed)
 model, source = load_model(init_from, out_dir, ckpt)
 tokens = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
@@ -164,7 +165,7 @@ def continue_all(prompts, seed):
                     score.append(new)
         return token
 
-    stream, shown = rows == 1, 0
+    stream, shown = num_samples == 1 and (interactive or len(all_prompts) == 1), 0
     if stream:
         print(texts[0], end='', flush=True)
     try:
@@ -205,10 +206,10 @@ def write():
             sys.exit(f'out={out}: could not be written: {error}')
 
 
-prompts = [] if interactive else [encode(where, text) for where, text in texts]
+all_prompts = [] if interactive else [encode(where, text) for where, text in texts]
 at_once = max(1, batch_size // num_samples)  # prompts
-rows = num_samples * min(max(1, len(prompts)), at_once)
-slots = min(block_size, max((len(ids) for _, ids in prompts), default=block_size) + max_new_tokens)
+rows = num_samples * min(max(1, len(all_prompts)), at_once)
+slots = min(block_size, max((len(ids) for _, ids in all_prompts), default=block_size) + max_new_tokens)
 convert(model.to(run.device), run.dtype, rows)
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)
@@ -228,12 +229,15 @@ try:
         except (EOFError, KeyboardInterrupt):
             print()
             break
+        except UnicodeDecodeError as error:
+            print(f'{error}; expected a line in UTF-8', file=sys.stderr)
+            continue
         try:
             continue_all([encode('', line)], seed + len(records))
         except SystemExit as error:  # what cannot be continued
             print(error, file=sys.stderr)
-    for i in range(0, len(prompts), at_once):
-        continue_all(prompts[i:i + at_once], seed)
+    for i in range(0, len(all_prompts), at_once):
+        continue_all(all_prompts[i:i + at_once], seed)
         if any(record['over'] == 'interrupted' for record in records):
             break
 finally:  # also where the reader of what is printed has gone

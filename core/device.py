@@ -269,7 +269,7 @@ def explain(kind, error, traceback):
     elif issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)  # Python then exits with 130
     elif issubclass(kind, (torch.OutOfMemoryError, MemoryError)) or issubclass(kind, RuntimeError) and "can't allocate memory" in str(error):
-        print('out of memory: lower --batch_size (and raise --gradient_accumulation_steps as much, for the same total batch), '
+        print('out of memory: lower --batch_size (or, sampling, --num_samples; training, raise --gradient_accumulation_steps as much, for the same total batch), '
               '--block_size, or the size of the network (--n_layer, --n_embd), or set --gradient_checkpointing=True', file=sys.stderr)
     elif issubclass(kind, dist.DistError) or issubclass(kind, RuntimeError) and re.search(r'gloo.*(connection|timed out)', str(error), re.IGNORECASE | re.DOTALL):
         print(f'lost another process of this run, or cannot reach it: {" ".join(str(error).split())[:300]}\nIt was killed, or says itself why it ended. '

@@ -1,5 +1,7 @@
 """How probable a network finds given texts: answers to choose from, and the tasks of lm-evaluation-harness."""
 import json
+import os
+import re
 import sys
 
 import torch
@@ -11,10 +13,13 @@ from tqdm import tqdm
 def log_likelihoods(model, pairs, batch_size=8):
     """
     Of pairs [(context ids, continuation ids), ...] the log-probability of each continuation in nats, and whether each of its tokens was the most
-    likely one: [(float, bool), ...]. A context that does not fit loses its beginning.
+    likely one: [(float, bool), ...]. A context that does not fit loses its beginning; so does, with a warning, a continuation.
     """
     device, block_size = model.transformer.wte.weight.device, model.config.block_size
     rows = [([*context, *continuation][-block_size - 1:], len(continuation)) for context, continuation in pairs]
+    longer = sum(told > block_size for _, told in rows)
+    if longer:
+        print(f'warning: of {longer:,} continuations only the last {block_size:,} tokens count, the context of this network', file=sys.stderr)
     found = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # rows of about one length stand together
     for at in tqdm(range(0, len(order), batch_size), disable=None, leave=False):
@@ -36,24 +41,31 @@ def log_likelihoods(model, pairs, batch_size=8):
 def read_choices(path, limit=0):
     """
     Questions in HellaSwag's format, a line of JSON each (https://github.com/rowanz/hellaswag): 'ctx', 'endings', 'label' (which of them is right).
+    HellaSwag's own also say what they are about, 'activity_label'; these are put together and cleaned as lm-evaluation-harness does it.
     Ends the script with one line where the file is something else.
     """
+    def clean(text):
+        return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
+
     questions = []
     try:
         with open(path, encoding='utf-8-sig') as f:
             for number, line in enumerate(f, 1):  # noqa: B007  # the error below says which line
                 if line.strip():
                     item = json.loads(line)
+                    if 'activity_label' in item:
+                        item['ctx'] = clean(f'{item["activity_label"]}: {item["ctx_a"]} {item["ctx_b"].capitalize()}')
+                        item['endings'] = [clean(ending) for ending in item['endings']]
                     questions.append((item['ctx'], item['endings'], int(item['label'])))
-                    if not item['ctx'] or not isinstance(item['endings'], list) or not all(item['endings']):
-                        raise ValueError('an empty text, or endings that are no list')
+                    if not isinstance(item['endings'], list) or not all(text and isinstance(text, str) for text in [item['ctx'], *item['endings']]):
+                        raise ValueError('an empty text, something else than text, or endings that are no list')
                     if not 0 <= questions[-1][2] < len(item['endings']):
                         raise ValueError(f'label {item["label"]} of {len(item["endings"])} endings')
                 if limit and len(questions) == limit:
                     break
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f'{path}: cannot be read: {error}')
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         sys.exit(f'{path}, line {number}: expected {{"ctx": text, "endings": [texts], "label": number}}: {type(error).__name__}: {error}')
     if not questions:
         sys.exit(f'{path}: no questions in it; expected a line {{"ctx": text, "endings": [texts], "label": number}} for each')
@@ -63,12 +75,14 @@ def read_choices(path, limit=0):
 def multiple_choice(model, tokenizer, questions, delimiter=' ', batch_size=8):
     """
     The shares of questions (context, endings, label) whose right ending is the most probable one, (acc, acc_norm), as lm-evaluation-harness defines them:
-    by the log-probability of the whole ending, and by this over its length in characters.
+    by the log-probability of the whole ending, and by this over its length in characters. Where the end of the context and the beginning of one of
+    the endings are one token, that end counts with all of them.
     """
     pairs = []
     for context, endings, _ in questions:
-        known = tokenizer.encode(context).tolist()
-        pairs += [(known, tokenizer.encode(context + delimiter + ending).tolist()[len(known):]) for ending in endings]
+        known, *whole = (tokenizer.encode(text).tolist() for text in (context, *(context + delimiter + ending for ending in endings)))
+        shared = len(os.path.commonprefix([known, *whole]))
+        pairs += [(ids[:shared], ids[shared:]) for ids in whole]
     scores, right = iter(log_likelihoods(model, pairs, batch_size)), [0, 0]
     for _, endings, label in questions:
         found = [next(scores)[0] for _ in endings]

@@ -69,8 +69,8 @@ class Tokenizer:
         return np.concatenate([[self.eot] if i % 2 else self._ids(part) for i, part in enumerate(parts)]).astype(np.int64)
 
     def unknown(self, text):
-        """The characters of a text that a character vocabulary lacks, each once."""
-        return [char for char in dict.fromkeys(text.replace(EOT, '')) if self.is_char and char not in self._vocab]
+        """The characters of a text that a character vocabulary lacks, each once; for BPE, bytes from the command line that were no UTF-8 (surrogates)."""
+        return [char for char in dict.fromkeys(text.replace(EOT, '')) if (char not in self._vocab if self.is_char else '\ud800' <= char <= '\udfff')]
 
     def decode(self, ids):
         """The text of a sequence of ids. Bytes that are no UTF-8 become U+FFFD; exits at an id outside the vocabulary."""

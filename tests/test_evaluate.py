@@ -3,15 +3,17 @@ import json
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run_script, write
 from test_pretrained import make
 
+from core import scoring
 from core.checkpoint import load_model, source_tokenizer
-from core.scoring import harness, multiple_choice
-from core.tokenizer import char_tokenizer
+from core.scoring import harness, multiple_choice, read_choices
+from core.tokenizer import GPT2_SPLIT, bpe_tokenizer, char_tokenizer
 from core.tokens import open_dataset
 
 WORDS = 'zero one two three four five six seven eight nine'.split()
@@ -102,6 +104,28 @@ def test_multiple_choice(tiny_run, tmp_path):
     assert result.code == 0 and 'q.jsonl: 10 questions, float32: acc 0.' in result.out
 
 
+def test_an_ending_that_grows_together_with_its_context():
+    """'ab' is one token, so 'a' counts with every ending of 'xa', and each ending has something to count."""
+    tokens, seen = bpe_tokenizer(['a b'], split=GPT2_SPLIT), []
+
+    def log_likelihoods(model, pairs, batch_size):
+        seen.extend(pairs)
+        return [(-float(len(ids)), False) for _, ids in pairs]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, 'log_likelihoods', log_likelihoods)
+        assert multiple_choice(None, tokens, [('xa', ['b', 'cd'], 0)], delimiter='') == (1, 1)
+    assert [(tokens.decode(context), tokens.decode(ending)) for context, ending in seen] == [('x', 'ab'), ('x', 'acd')]
+
+
+def test_hellaswag(tmp_path):
+    """Its own lines, put together as the harness does it."""
+    utils = pytest.importorskip('lm_eval.tasks.hellaswag.utils')
+    item = {'ind': 1, 'activity_label': 'Baking', 'ctx_a': 'A man  stands [substeps] there.', 'ctx_b': 'the man', 'ctx': 'A man stands there. the man', 'label': '1',
+            'endings': ['bakes [title] bread.', ' sings.', '[header] runs', 'sleeps  .']}
+    expected = utils.process_docs(SimpleNamespace(map=lambda process: process(item)))
+    assert read_choices(write(tmp_path / 'h.jsonl', json.dumps(item))) == [(expected['query'], expected['choices'], expected['gold'])]
+
+
 def test_harness(tiny_run, tmp_path, monkeypatch):
     """lm-evaluation-harness asks the same questions and counts the same; it rolls over a text and lets the network write, too."""
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
@@ -143,7 +167,7 @@ metric_list: [{{metric: {'bits_per_byte' if name == 'rolling' else 'exact_match'
 
 @pytest.mark.parametrize('content, args, names', [
     ('one two', ['--data={file}'], ['7 tokens', 'a window has 32', '--block_size=6']),
-    ('one' * 20 + 'Ω', ['--data={file}'], ["'Ω' (U+03A9)"]),
+    ('one' * 20 + 'Ω', ['--data={file}'], ['data=', "'Ω' (U+03A9)"]),
     ('红楼梦'.encode('gbk'), ['--data={file}'], ['UTF-8']),
     ('', ['--data=nowhere'], ['data=nowhere', 'train.bin']),
     ('one' * 20, ['--data={file}', '--block_size=64'], ['block_size=64', 'at most 32']),
@@ -155,6 +179,10 @@ metric_list: [{{metric: {'bits_per_byte' if name == 'rolling' else 'exact_match'
     ('{"ctx": "one", "endings": ["a", ""], "label": 0}', ['--tasks={file}'], ['line 1', 'empty']),
     ('{"ctx": "", "endings": ["a", "b"], "label": 0}', ['--tasks={file}'], ['line 1', 'empty']),
     ('{"ctx": "one", "endings": "ab", "label": 0}', ['--tasks={file}'], ['line 1', 'no list']),
+    ('{"ctx": "one", "endings": [1, 2], "label": 0}', ['--tasks={file}'], ['line 1', 'text']),
+    ('{"ctx": 5, "endings": ["a", "b"], "label": 0}', ['--tasks={file}'], ['line 1', 'text']),
+    ('{"ctx": "Ω", "endings": ["a", "b"], "label": 0}', ['--tasks={file}'], ['file: ', 'U+03A9']),
+    ('o', ['--data={file}'], ['give more text']),
     ('', ['--dtype=float32,int4'], ['dtype=int4']),
     ('', ['--lm_eval=no_such_task'], ['no_such_task', 'lm_eval ls tasks']),
     ('task: gone\ndataset_path: json\ndataset_kwargs: {data_files: {validation: gone.jsonl}}\nvalidation_split: validation\noutput_type: multiple_choice\n'

@@ -318,6 +318,24 @@ def test_closed_pipe(tiny_run, tmp_path, number):
     assert len(records(tmp_path / 'o.jsonl')) == number
 
 
+def test_bytes_that_are_no_text(chinese_run, tmp_path):
+    """Typed in another encoding they are refused with one line, or left out; the next line is continued."""
+    command = f'{sys.executable} sample.py --out_dir={chinese_run} --device=cpu --max_new_tokens=3 --num_samples=1'
+    done = subprocess.run(command.split() + [b'--start=\xba\xec'], cwd=ROOT, capture_output=True)
+    assert done.returncode == 1 and done.stderr.decode().count('\n') == 1 and 'U+DCBA' in done.stderr.decode()
+    for errors in ('strict', 'surrogateescape'):
+        done = subprocess.run([*command.split(), '--interactive'], cwd=ROOT, capture_output=True, input=b'\xba\xec\n', env={**os.environ, 'PYTHONIOENCODING': f'utf-8:{errors}'})
+        assert done.returncode == 0 and done.stderr.decode().count('\n') == 1, done.stderr.decode()
+
+
+def test_separators(tiny_run, tmp_path):
+    """Several texts have a line between them, however they fall into batches; those of --start come first."""
+    (tmp_path / 'p.txt').write_text('one\ntwo\n', encoding='utf-8')
+    for rows in (1, 2, 3):
+        out = sample(tiny_run, f'--prompts={tmp_path / "p.txt"}', '--start=six', '--num_samples=1', '--max_new_tokens=5', f'--batch_size={rows}').split('bytes\n')[1]
+        assert [text[:3] for text in out.split('\n---------------\n')] == ['six', 'one', 'two', '']
+
+
 def test_half_characters(chinese_run):
     """--logprobs shows the bytes of a token that is no whole character."""
     out = sample(chinese_run, '--start=满纸', '--num_samples=2', '--max_new_tokens=40', '--logprobs')
