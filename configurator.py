@@ -25,9 +25,9 @@ def _configure(script):
 
     from core.files import ROOT, find
     name = os.path.basename(script['__file__'])
-    for stream in (sys.stdout, sys.stderr):
+    for stream, errors in ((sys.stdout, 'replace'), (sys.stderr, 'replace'), (sys.stdin, 'surrogateescape')):  # stdin as Python does the arguments
         if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(encoding='utf-8', errors='replace')  # a Windows console too
+            stream.reconfigure(encoding='utf-8', errors=errors)  # a Windows console too
 
     def settings_of(module):
         """{setting: (default, comment, heading)} of a module's globals: its top-level assignments of plain values to public names

@@ -46,7 +46,7 @@ out = ''  # write the samples to this file, too: a line of JSON each
 batch_size = 64  # samples computed at once; of more than that some texts wait, but all samples of a text are computed together
 device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e.g. 'cpu', 'cuda:1'
 dtype = 'auto'  # of the weights: bfloat16 or float16 on CUDA, float32 elsewhere; or say which; int8: one byte each
-compile = False  # torch.compile: worth its minute only for very many samples
+compile = False  # torch.compile: takes up to a minute, and on CPUs gains nothing (docs/LOG.md)
 # ---------------------------------------------------------------------------------------------------------------------------------------
 sys.excepthook = explain
 config, config_given = {}, {}  # filled by the next line: every setting with its value, and what the command line set
@@ -229,9 +229,6 @@ try:
         except (EOFError, KeyboardInterrupt):
             print()
             break
-        except UnicodeDecodeError as error:
-            print(f'{error}; expected a line in UTF-8', file=sys.stderr)
-            continue
         try:
             continue_all([encode('', line)], seed + len(records))
         except SystemExit as error:  # what cannot be continued

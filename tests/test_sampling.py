@@ -323,9 +323,12 @@ def test_bytes_that_are_no_text(chinese_run, tmp_path):
     command = f'{sys.executable} sample.py --out_dir={chinese_run} --device=cpu --max_new_tokens=3 --num_samples=1'
     done = subprocess.run(command.split() + [b'--start=\xba\xec'], cwd=ROOT, capture_output=True)
     assert done.returncode == 1 and done.stderr.decode().count('\n') == 1 and 'U+DCBA' in done.stderr.decode()
-    for errors in ('strict', 'surrogateescape'):
-        done = subprocess.run([*command.split(), '--interactive'], cwd=ROOT, capture_output=True, input=b'\xba\xec\n', env={**os.environ, 'PYTHONIOENCODING': f'utf-8:{errors}'})
-        assert done.returncode == 0 and done.stderr.decode().count('\n') == 1, done.stderr.decode()
+    for args, lines in (([], 1), (['--skip_unknown'], 0)):
+        done = subprocess.run([*command.split(), '--interactive', *args], cwd=ROOT, capture_output=True, input=b'\xba\xec\xe6\xbb\xa1\n' + '纸'.encode(),
+                              env={**os.environ, 'PYTHONIOENCODING': 'utf-8:strict'})
+        assert done.returncode == 0 and done.stderr.decode().count('\n') == lines, done.stderr.decode()
+        shown = done.stdout.decode().split('bytes\n')[1]
+        assert '> 纸' in shown and ('> 满' in shown) == bool(args)
 
 
 def test_separators(tiny_run, tmp_path):
