@@ -420,7 +420,9 @@ class GPT(nn.Module):
         if pads is not None:
             pads = (pads - max(0, idx.size(1) - block_size)).clamp(min=0)
         idx = idx[:, -block_size:]
-        cache = Cache(self.transformer.wte.weight.new_zeros(c.n_layer, 2, c.n_kv_head, *idx.shape, c.head_size), pads)
+        weight, device = self.transformer.wte.weight, idx.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        cache = Cache(weight.new_zeros(c.n_layer, 2, c.n_kv_head, *idx.shape, c.head_size, dtype=dtype), pads)
         logits = self.lm_head(self.hidden(idx, cache)[:, -1])  # (B, V)
         cache = cache.repeat(copies, min(idx.size(1) + max_new_tokens, block_size))
         logits, idx = (x.repeat_interleave(copies, dim=0) for x in (logits, idx))

@@ -20,7 +20,7 @@ from core.device import explain, setup
 from core.files import atomic, find
 from core.quantize import convert
 from core.sampling import draw, penalise
-from core.tokenizer import load_tokenizer
+from core.tokenizer import EOT, load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the run in out_dir), 'gpt2' (-medium, -large, -xl), a checkpoint, a run's or a Hugging Face model's folder
@@ -109,7 +109,7 @@ def encode(where, text):
         text = text.translate({ord(char): None for char in unknown})
     elif unknown:
         sys.exit(f'{where}not in this vocabulary: {", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown)}; write the text without, or leave them out by --skip_unknown')
-    ids = tokens.encode(text, allow_eot=True)
+    ids = tokens.encode(text, special=[EOT])
     if len(ids) == 0:
         sys.exit(f'{where}there is no text to continue: give at least one character' + ', or --start="<|endoftext|>" to begin anew' * (tokens.eot is not None))
     if ids.max() >= model.config.vocab_size:

@@ -61,12 +61,18 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             sys.exit(f'{name}: expected a tokenizer.json of characters or of byte-level BPE: {type(error).__name__}: {error}')
 
-    def encode(self, text, allow_eot=False):
-        """The ids of a text, (T,) int64. EOT in it is ordinary text, or with `allow_eot` the special id. Exits at an unknown character."""
-        if not allow_eot or self.eot is None:
+    def encode(self, text, special=()):
+        """The ids of a text, (T,) int64. The names of special tokens in it are ordinary text, but for those in `special`. Exits at an unknown character."""
+        special = sorted((name for name in special if name in self.specials), key=len, reverse=True)
+        if not special:
             return self._ids(text).astype(np.int64)
-        parts = re.split(f'({re.escape(EOT)})', text)
-        return np.concatenate([[self.eot] if i % 2 else self._ids(part) for i, part in enumerate(parts)]).astype(np.int64)
+        parts = re.split(f'({"|".join(map(re.escape, special))})', text)
+        return np.concatenate([[self.specials[part]] if i % 2 else self._ids(part) for i, part in enumerate(parts)]).astype(np.int64)
+
+    def extends(self, other):
+        """Whether it is the tokenizer `other`, with special tokens appended or none."""
+        n = other.vocab_size
+        return self.pieces[:n] == other.pieces[:n] and {**self._spec, 'added_tokens': 0} == {**other._spec, 'added_tokens': 0}
 
     def unknown(self, text):
         """The characters of a text that a character vocabulary lacks, each once; for BPE, bytes from the command line that were no UTF-8 (surrogates)."""
@@ -207,6 +213,13 @@ def char_tokenizer(chars):
     model = {'type': 'WordLevel', 'vocab': vocab, 'unk_token': '<unknown>'}
     every_code_point = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated', 'invert': False}
     return Tokenizer(_tokenizer_json(vocab, model, every_code_point, {'type': 'Fuse'}))
+
+
+def add_specials(tokenizer, names):
+    """The tokenizer with special tokens of these names appended to its vocabulary."""
+    added = {name: tokenizer.vocab_size + i for i, name in enumerate(names)}
+    tokens = (tokenizer._spec.get('added_tokens') or []) + _added_tokens(added, names)
+    return Tokenizer(json.dumps({**tokenizer._spec, 'added_tokens': tokens}, ensure_ascii=False))
 
 
 def bpe_tokenizer(merges, vocab=None, split=GPT2_SPLIT, normalizer=None, specials=(EOT,), name='vocab.json'):

@@ -135,7 +135,7 @@ def test_the_end_token_in_a_text_is_text_unless_allowed(bpe, char):
     text = f'a {EOT}b{EOT}'
     for tokenizer in (bpe, char):
         assert tokenizer.eot not in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
-        ids = tokenizer.encode(text, allow_eot=True).tolist()
+        ids = tokenizer.encode(text, special=[EOT]).tolist()
         assert ids == tokenizer.encode('a ').tolist() + [tokenizer.eot] + tokenizer.encode('b').tolist() + [tokenizer.eot]
         assert ids == tokenizers.Tokenizer.from_str(tokenizer.json).encode(text).ids
         assert tokenizer.decode(ids) == text
@@ -262,7 +262,7 @@ def test_gpt2_against_tiktoken_itself(tmp_path, monkeypatch):
     assert ours.encode('Hello world').tolist() == [15496, 995]
     for text in TEXTS:
         assert ours.encode(text).tolist() == reference.encode_ordinary(text) == theirs(ours.json, text)
-        assert ours.encode(text, allow_eot=True).tolist() == reference.encode(text, allowed_special='all')
+        assert ours.encode(text, special=[EOT]).tolist() == reference.encode(text, allowed_special='all')
         assert ours.decode(ours.encode(text)) == text
     cached.write_bytes(files[0][:1000])  # a damaged cache is fetched anew
     assert gpt2_tokenizer().json == ours.json and cached.read_bytes() == files[0]
@@ -283,7 +283,7 @@ def test_qwen2_is_the_one_that_is_shipped(tmp_path, monkeypatch):
     slow = Tokenizer(ours.json)
     slow._tiktoken = None
     for text in TEXTS:
-        ids = ours.encode(text, allow_eot=True).tolist()
+        ids = ours.encode(text, special=[EOT]).tolist()
         assert ids == reference.encode(text).ids
         assert ours.encode(text).tolist() == slow.encode(text).tolist()
     assert os.listdir(tmp_path / 'stonegpt') == ['qwen2_merges.txt']
