@@ -35,6 +35,7 @@ class GPTConfig:
     tied: bool = True  # one matrix reads tokens in and out
     n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head heads of queries; 0: n_head
     head_size: int = 0  # channels of a head; 0: n_embd / n_head
+    reward: bool = False  # a head of one number, how good the text is so far, instead of one for the vocabulary
     n_inner: int = 0  # width inside the MLP; 0: 4 * n_embd, or for SwiGLU, which has three matrices, 8/3 of it, rounded up to a multiple of 64
 
     def __post_init__(self):
@@ -333,8 +334,8 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=new_norm(config),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied:
+        self.lm_head = nn.Linear(config.n_embd, 1 if config.reward else config.vocab_size, bias=False)
+        if config.tied and not config.reward:
             self.transformer.wte.weight = self.lm_head.weight  # Press & Wolf 2017
         self.apply(self._init_weights)
         for name, p in self.named_parameters():  # GPT-2 paper: what is added to the residual stream starts smaller in deeper networks
@@ -347,31 +348,39 @@ class GPT(nn.Module):
             if getattr(module, 'bias', None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def hidden(self, idx, cache=None):
-        """Token ids (B, T) -> the last layer's normalised activations (B, T, C). With a cache, idx are those that follow what it has."""
+    def hidden(self, idx, cache=None, documents=None):
+        """
+        Token ids (B, T) -> the last layer's normalised activations (B, T, C). With a cache, idx are those that follow what it has. documents (B, T) int:
+        which one of its row a token belongs to; it sees no other, and learned positions are those within it.
+        """
         config, T = self.config, idx.shape[1]
         start, pads = (cache.length, cache.pads) if cache else (0, None)
-        attend = cache.extend(T) if cache else [attention] * config.n_layer
         assert T <= config.block_size, f'{T} positions do not fit into block_size={config.block_size}'
+        before, how = pads[:, None] if pads is not None else None, attention  # tokens of a row that a token's position does not count
+        if documents is not None:
+            same = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+            before, how = same.int().argmax(dim=-1), partial(attention, mask=same[:, None].tril())  # (B, T): where its document begins
         x = self.transformer.wte(idx)  # (B, T, C)
         rope = None
         if config.rope_theta:
-            rope = rotary(T, config.head_size, config.rope_theta, idx.device, start)  # (2, T, hs / 2); only distances count, so padding does not matter
-        elif pads is None:
+            rope = rotary(T, config.head_size, config.rope_theta, idx.device, start)  # (2, T, hs / 2); only distances count, so what comes before does not matter
+        elif before is None:
             x = x + self.transformer.wpe.weight[start:start + T]  # + (T, C)
         else:
-            x = x + self.transformer.wpe((torch.arange(start, start + T, device=idx.device) - pads[:, None]).clamp(min=0))  # + (B, T, C)
+            x = x + self.transformer.wpe((torch.arange(start, start + T, device=idx.device) - before).clamp(min=0))  # + (B, T, C)
         x = dropout(x, config.dropout if self.training else 0.0)
-        for block, how in zip(self.transformer.h, attend):
-            x = checkpoint(block, x, rope, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, rope, how)
+        for block, attend in zip(self.transformer.h, cache.extend(T) if cache else [how] * config.n_layer):
+            x = checkpoint(block, x, rope, attend, use_reentrant=False) if self.gradient_checkpointing and self.training else block(x, rope, attend)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, documents=None):
         """
         Token ids (B, T) -> logits (B, T, V); given targets (B, T) -> the loss of each, in nats (B, T), 0 where the target is -1.
-        Losses per token, not their mean: who calls decides over what to average.
+        Losses per token, not their mean: who calls decides over what to average. documents: see hidden(). A reward model gives its rewards (B, T).
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx, documents=documents)
+        if self.config.reward:
+            return self.lm_head(x).squeeze(2)  # (B, T)
         if targets is None:
             return self.lm_head(x)  # (B, T, V)
         device = x.device.type
@@ -399,6 +408,23 @@ class GPT(nn.Module):
         """Floating-point operations that training spends per token (PaLM, appendix B: https://arxiv.org/abs/2204.02311)."""
         config = self.config
         return 6 * self.num_params() + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
+
+    def add_tokens(self, known, vocab_size):
+        """Room for a vocabulary of vocab_size rows: those beyond the `known` first ones start as the mean of these (Hewitt 2021: https://nlp.stanford.edu/~johnhew/vocab-expansion.html)."""
+        for module in {self.transformer.wte, self.lm_head}:
+            old = module.weight.detach()
+            new = old[:known].mean(dim=0).repeat(max(vocab_size, len(old)), 1)
+            new[:known] = old[:known]
+            module.weight = nn.Parameter(new)
+        self.config.vocab_size = len(new)
+        if self.config.tied:
+            self.transformer.wte.weight = self.lm_head.weight
+
+    def to_reward(self):
+        """Put a new head of one number, which starts at 0, in the place of the one for the vocabulary."""
+        self.config.reward = True
+        self.lm_head = nn.Linear(self.config.n_embd, 1, bias=False, device=self.lm_head.weight.device)
+        nn.init.zeros_(self.lm_head.weight)
 
     def crop_block_size(self, block_size):
         """Shorten the context: a network trained on 1,024 positions works on its first 256."""

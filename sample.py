@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.checkpoint import load_model, source_tokenizer
+from core.checkpoint import check_writes, load_model, source_tokenizer
 from core.device import explain, setup
 from core.files import atomic, find
 from core.quantize import convert
@@ -93,6 +93,7 @@ if prompts:
     texts = texts * ('start' in config_given) + lines
 run = setup(device, dtype, seed=seed)
 model, source = load_model(init_from, out_dir, ckpt)
+check_writes(model, out_dir if init_from == 'resume' else init_from)
 tokens = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
 block_size, vocab_size = model.config.block_size, min(tokens.vocab_size, model.config.vocab_size)
 if end_token and end_token not in tokens.specials and 'end_token' in config_given:

@@ -21,13 +21,14 @@ import uuid
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from core.checkpoint import build_model, describe, load_last, load_model
+from core.checkpoint import build_model, describe, fit_vocabulary, load_last, load_model, rows_for
 from core.device import all_reduce, catch_signals, check_memory, compile_or_not, leave, reseed, setup, warn_if_slow
 from core.files import find
 from core.guard import check_disk, same_everywhere, watch_spikes
 from core.log import Log
 from core.optimizer import OPTIMIZERS, configure_optimizer
 from core.parallel import shard, whole
+from core.samples import encode_prompts, show_batch, show_samples
 from core.saver import Saver, any_saved, claim, introduce, save_weights, what_to_start_from
 from core.tokens import fingerprint, open_dataset
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
@@ -43,6 +44,10 @@ eval_only = False  # evaluate once, then stop
 always_save_checkpoint = True  # sample from the last checkpoint; False: from the one with the best validation loss
 init_from = 'scratch'  # 'scratch', 'resume' (the run in out_dir), 'auto' (resume if it has saved, else from scratch), 'gpt2' (-medium, -large, -xl), a checkpoint, a run's folder, or a GPT-2, Llama or Qwen3 (folder or hub)
 seed = 1337  # of the weights, the batches and dropout
+# samples, printed and kept in out_dir/samples.jsonl
+sample_interval = 0  # write something every so many steps, and show what is learned from; 0: never
+sample_prompts = '\n'  # texts to continue, or what a user says to a network that answers; several are separated by |
+sample_tokens = 100  # length of each at most
 # checkpoints, beside those at evaluations
 save_interval = 0  # a crash loses at most so many steps: one is begun at every half of it; 0: no more than evaluations and save_minutes ask for
 save_minutes = 10.0  # save when so many minutes have gone by since the last one; 0: do not look at the clock
@@ -159,8 +164,7 @@ checkpoint, path, source, origin = {}, None, {}, init_from
 GPT.gradient_checkpointing = gradient_checkpointing
 shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm', 'tied', 'n_kv_head', 'head_size', 'n_inner')
 if init_from == 'scratch':
-    vocab_size = data.vocab_size if data.vocab_size <= 4096 else -(-data.vocab_size // 64) * 64  # a multiple of 64, which matrix units like
-    model_config = GPTConfig(vocab_size=vocab_size, dropout=dropout, **{key: globals()[key] for key in shape})
+    model_config = GPTConfig(vocab_size=rows_for(data.vocab_size), dropout=dropout, **{key: globals()[key] for key in shape})
     with torch.device('meta'):
         check_memory(GPT(model_config), micro_rows, block_size, run)
     model = GPT(model_config)
@@ -197,15 +201,10 @@ if max_iters == -1:
 if lr_decay_iters == -1:
     lr_decay_iters = max_iters
 config.update({key: getattr(model.config, key) for key in shape}, learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, lr_decay_iters=lr_decay_iters)  # what is saved is what was used
-if data.shortest <= block_size:
+if data.shortest <= block_size and not data.kind:
     sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
-if not eval_only:
-    task.draw(data, total_rows, block_size, seed, iter_num, data_order)  # what cannot be drawn from is refused before anything is written
-eot_on_top = data.tokenizer is not None and data.tokenizer.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
-if data.vocab_size - eot_on_top > model.config.vocab_size:
-    sys.exit(f'dataset={dataset} has {data.vocab_size:,} token ids and the model only {model.config.vocab_size:,}; they need the same tokenizer')
-if isinstance(source, dict) and source.get('tokenizer') and data.tokenizer and source['tokenizer'] != data.tokenizer.json:
-    sys.exit(f'dataset={dataset} is cut into tokens by another tokenizer than the text that {origin} was trained on; prepare it with that one')
+prompts = encode_prompts(sample_prompts, data, run) if sample_interval and not eval_only else []
+fit_vocabulary(model, source, data, origin)
 data_hash = fingerprint(data)
 if checkpoint.get('data', data_hash) != data_hash and not eval_only:
     sys.exit(f'dataset={dataset}: its tokens are not those that {path} was trained on so far, so this would be no exact continuation; '
@@ -219,6 +218,9 @@ if path:
     print('not as before: ' + '; '.join(changed) if changed else 'all settings as before')
     if iter_num >= max_iters and not eval_only:
         print(f'nothing is left to do: {iter_num} steps are done, and max_iters={max_iters}; raise --max_iters to go on')
+context = task.start(model.to('cpu' if run.sharded else run.device), data, run, config, checkpoint.get('objective', {}))
+if not eval_only:
+    task.draw(data, total_rows, block_size, seed, iter_num, data_order)  # what cannot be drawn from is refused before anything is written
 model = shard(model, run) if run.sharded else model.to(run.device)
 opt = configure_optimizer(model, optimizer, weight_decay, learning_rate, (beta1, beta2), muon_lr) if not eval_only else None
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == 'float16')  # does nothing unless enabled
@@ -264,7 +266,7 @@ def evaluate():
             for i in range(0, len(starts), at_once):
                 mine = starts[i + run.rank:i + at_once:run.world_size]
                 with run.ctx():  # where nothing is left for this process it computes all the same: a sharded network needs them all
-                    numbers = task.measure(model, to_device(task.load(data, split, mine if len(mine) else starts[:1], block_size)), data).cpu()
+                    numbers = task.measure(model, to_device(task.load(data, split, mine if len(mine) else starts[:1], block_size, context)), data, context).cpu()
                 sums[split] += numbers * (len(mine) > 0)
             sums[split] = all_reduce(sums[split], run).tolist()
     model.train()
@@ -292,7 +294,7 @@ def state():
     """Everything that sampling or going on needs. The random state is (seed, step), see below, so it needs no room of its own."""
     return {'model': model.state_dict(), 'model_args': vars(model.config), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(), 'iter_num': iter_num,
             'best_val_loss': best_val_loss, 'skipped': skipped, 'config': config, 'tokenizer': data.tokenizer.json if data.tokenizer else '',
-            'run_id': run_id, 'data': data_hash, 'world_size': run.world_size}
+            'run_id': run_id, 'data': data_hash, 'world_size': run.world_size, 'objective': task.state(context)}
 
 
 # --- the loop
@@ -322,6 +324,9 @@ while True:
             saver(state(), best)
             saved_at = time.perf_counter()
         t0, logged_iter = time.perf_counter(), iter_num
+    if prompts and run.master and (iter_num % sample_interval == 0 or iter_num in (first_iter, max_iters)):
+        show_samples(model, data, prompts, sample_tokens, iter_num, out_dir, run)
+        t0, logged_iter = time.perf_counter(), iter_num
     if iter_num >= max_iters or eval_only:
         break
 
@@ -330,8 +335,12 @@ while True:
     starts = task.draw(data, total_rows, block_size, seed, iter_num, data_order)
     if dropout:
         reseed((seed * 1_000_003 + iter_num) * 1009 + 1 + run.rank, run)
-    batches = [task.load(data, 'train', starts[i:i + micro_rows], block_size) for i in range(run.rank * rows, (run.rank + 1) * rows, micro_rows)]
-    divisor = all_reduce([sum(int(task.divisor(batch)) for batch in batches)], run).item()  # targets in the whole step, on all processes
+    batches = [task.load(data, 'train', starts[i:i + micro_rows], block_size, context) for i in range(run.rank * rows, (run.rank + 1) * rows, micro_rows)]
+    if prompts and iter_num == first_iter:
+        show_batch(batches[0], data.tokenizer)
+    counts = [sum(int(task.divisor(batch)) for batch in batches), sum(batch[0].numel() for batch in batches)]
+    divisor, tokens = all_reduce(counts, run).tolist()  # targets in the whole step, on all processes, and the tokens that are computed
+    divisor = max(divisor, 1)  # a step without targets has loss 0
     for group in opt.param_groups:
         group['lr'] = get_lr(iter_num) * group['lr_scale']
         if 'momentum' in group:
@@ -365,9 +374,9 @@ while True:
         now = time.perf_counter()
         dt = (now - t0) / (iter_num + 1 - logged_iter)
         t0, logged_iter = now, iter_num + 1
-        numbers = {'loss': lossf, 'lr': opt.param_groups[0]['lr'], 'grad_norm': grad_norm, 'ms': dt * 1000, 'tokens_per_s': tokens_per_iter / dt}
+        numbers = {'loss': lossf, 'lr': opt.param_groups[0]['lr'], 'grad_norm': grad_norm, 'ms': dt * 1000, 'tokens_per_s': tokens / dt}
         if run.peak_flops:
-            numbers['mfu'] = model.flops_per_token() * tokens_per_iter / dt / run.peak_flops / run.world_size
+            numbers['mfu'] = model.flops_per_token() * tokens / dt / run.peak_flops / run.world_size
         left = str(datetime.timedelta(seconds=round(dt * (max_iters - iter_num - 1))))
         print(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms' + (f', mfu {numbers["mfu"] * 100:.2f}%' if 'mfu' in numbers else '')
             + f', lr {numbers["lr"]:.2e}, norm {numbers["grad_norm"]:.3f}, {numbers["tokens_per_s"]:,.0f} tok/s, left {left}', flush=True)

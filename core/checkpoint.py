@@ -131,6 +131,42 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
     return model, checkpoint
 
 
+def rows_for(vocab_size):
+    """How many rows a network has for a vocabulary: above 4,096 ids a multiple of 64, which matrix units like."""
+    return vocab_size if vocab_size <= 4096 else -(-vocab_size // 64) * 64
+
+
+def fit_vocabulary(model, source, data, origin):
+    """
+    Make room in a network, as load_model returned it with its source, for the role tokens that a dataset's tokenizer has appended to its own. Ends the script with
+    one line where the two do not belong together.
+    """
+    known, ours = model.config.vocab_size, data.tokenizer
+    theirs = Tokenizer(source['tokenizer']) if isinstance(source, dict) and source.get('tokenizer') else None
+    if theirs and ours and theirs.json != ours.json:
+        if not ours.extends(theirs):
+            sys.exit(f'dataset={data.folder} is cut into tokens by another tokenizer than the text that {origin} was trained on; prepare it with that one')
+        known = min(known, theirs.vocab_size)
+    if data.kind and data.vocab_size > known:
+        model.add_tokens(known, rows_for(data.vocab_size))
+    eot_on_top = ours is not None and ours.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
+    if data.vocab_size - eot_on_top > model.config.vocab_size:
+        sys.exit(f'dataset={data.folder} has {data.vocab_size:,} token ids and {origin} only {model.config.vocab_size:,}; they need the same tokenizer')
+
+
+def load_reference(path, data, run):
+    """A network that is not trained but asked, on the device: a checkpoint, a run's folder or a Hugging Face model's, with the vocabulary of the dataset."""
+    model, source = load_model(path)
+    fit_vocabulary(model, source, data, path)
+    return model.to(run.device).eval().requires_grad_(False)
+
+
+def check_writes(model, name):
+    """End the script with one line where it is a reward model."""
+    if model.config.reward:
+        sys.exit(f'{name}: this is a reward model, which judges text and writes none; take the model that it was made from')
+
+
 def source_tokenizer(source):
     """The tokenizer that belongs to what load_model returned. nanoGPT's checkpoints hold none: theirs is that of the dataset folder which
     they name, and GPT-2's if there is none."""

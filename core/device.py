@@ -175,6 +175,14 @@ def all_reduce(numbers, run):
     return total.cpu()
 
 
+def gather(thing, run):
+    """What every process has, as a list; plain values and tensors on the CPU."""
+    things = [thing] * run.world_size
+    if run.ddp:
+        dist.all_gather_object(things, thing)
+    return things
+
+
 def leave(run, status):
     """
     End this process, after the last one is ready to. In a group of processes without Python's clean-up: DDP keeps the threads of gloo alive, and

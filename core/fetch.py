@@ -4,6 +4,7 @@ import functools
 import glob
 import hashlib
 import http.client
+import io
 import json
 import os
 import queue
@@ -126,6 +127,13 @@ def _download(url, f, convert=None, tries=3):
             if unreachable or attempt == tries - 1:
                 raise
             time.sleep(2 ** attempt)
+
+
+def download(url):
+    """The bytes that `url` serves."""
+    f = io.BytesIO()
+    _download(url, f)
+    return f.getvalue()
 
 
 def _from_package(package, sha256, extract):

@@ -208,18 +208,19 @@ class Split:
             self.file.close()
 
 
-def prepare(folder, source, next_command=''):
+def prepare(folder, source, next_command='', known=None):
     """
     Write the dataset folder: train.bin and val.bin (or shards of them), meta.json, tokenizer.json, and for characters nanoGPT's meta.pkl.
     source: the path of a file or folder, or those of files, or a function that returns an iterable of them, the same each time
     next_command: what to type next, printed at the end
+    known: the tokenizer, if not the one that the settings ask for
     With several documents each part of one is followed by EOT; one alone is not, so that its tokens are nanoGPT's.
     """
     started = time.perf_counter()
     skipped.clear()
     _check_settings()
     try:
-        plan, known, done = _prepare(folder, source)
+        plan, known, done = _prepare(folder, source, known)
     except (OSError, KeyboardInterrupt) as error:
         kept = os.path.exists(os.path.join(folder, 'unfinished', 'progress.json'))
         if isinstance(error, OSError):
@@ -237,11 +238,11 @@ def prepare(folder, source, next_command=''):
     print(f'written to {folder}; next:\n' + (next_command or f'python train.py config/train_{config}.py --dataset={dataset} --out_dir=out-{dataset}{LAPTOP}'))
 
 
-def _prepare(folder, source):
+def _prepare(folder, source, known):
     """The work of prepare(). Returns the plan, the tokenizer, and what was written; lets Ctrl-C and a full disk through."""
     if tokenizer not in ('char', 'bbpe', 'gpt2', 'qwen2') and not os.path.exists(find(tokenizer)):
         sys.exit(f'tokenizer={tokenizer}: expected char, bbpe, gpt2, qwen2, or the path of a tokenizer.json or of a folder that has one')
-    known = None if tokenizer in ('char', 'bbpe') else load_tokenizer(tokenizer)
+    given, known = known, known or (None if tokenizer in ('char', 'bbpe') else load_tokenizer(tokenizer))
 
     def documents():
         return read_documents(source() if callable(source) else source, field, skip_bad)
@@ -254,7 +255,7 @@ def _prepare(folder, source):
     if not plan.n_documents:
         sys.exit('there is no text: expected at least one document' + ' that passes the filters' * bool(plan.dropped) + (f'; files skipped: {len(skipped)}' if skipped else ''))
     _check_split(plan)
-    if tokenizer == 'char':
+    if tokenizer == 'char' and not given:
         known = char_tokenizer(sorted(plan.chars))
     elif known and known.is_char and prune == 'True':
         sys.exit(f'prune=True: {tokenizer} is a vocabulary of characters; this is for BPE')

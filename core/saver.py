@@ -132,6 +132,8 @@ class Saver:
 
     def copy(self, tree, path=()):
         """The same dicts and lists with copies of their tensors in this machine's memory: whole ones of what is sharded, one copy of what is tied."""
+        if path == ('objective',):
+            return tree  # nothing in it is changed after it was made
         if isinstance(tree, dict):
             return {key: self.copy(value, (*path, key)) for key, value in tree.items()}
         if isinstance(tree, (list, tuple)):

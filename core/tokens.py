@@ -26,7 +26,8 @@ def open_dataset(name):
     its weight: 'a:0.7,b:0.3'. Returns a namespace:
     folder, its name for people; shortest, the training tokens of the shortest folder; dtype (numpy's); vocab_size; tokenizer (None if GPT-2's cannot be had); token_bytes and token_chars (V,), how
     many bytes and characters each id stands for; splits {'train': tokens, 'val': tokens}; weights, of each folder in the mixture;
-    files {split: [(path, where its tokens begin in the split)]}; ends {split: where the tokens of each folder end in the split}.
+    files {split: [(path, where its tokens begin in the split)]}; ends {split: where the tokens of each folder end in the split}; kind: '' of texts, or what
+    documents the folder has ('conversations', 'pairs', 'prompts'), and then starts {split: where each begins, and the end} and longest, in tokens.
     Ends the script with one line when a folder is missing, empty, torn or too large for its numbers.
     """
     parts, weights = [], []
@@ -42,6 +43,8 @@ def open_dataset(name):
             sys.exit(f'dataset={name}: the weight {weight} of {folder} should be a number above 0, as in a:0.7,b:0.3')
         parts.append(_open_folder(folder.strip()))
     first = parts[0]
+    if len(parts) > 1 and any(part.kind for part in parts):
+        sys.exit(f'dataset={name}: only folders of texts can be mixed, not those of conversations, pairs or prompts')
     for part in parts[1:]:
         if part.dtype != first.dtype or part.vocab_size != first.vocab_size or part.tokenizer and first.tokenizer and part.tokenizer.json != first.tokenizer.json:
             sys.exit(f'dataset={name}: {part.folder} and {first.folder} have different tokenizers, so they cannot be mixed; prepare one with '
@@ -52,7 +55,8 @@ def open_dataset(name):
         token_bytes = token_chars = torch.zeros(first.vocab_size, dtype=torch.int64)
     shortest = min(sum(tokens for _, tokens in part.files['train']) for part in parts)
     data = Dataset(folder=' + '.join(part.folder for part in parts), shortest=shortest, dtype=first.dtype, vocab_size=first.vocab_size,
-                           tokenizer=first.tokenizer, token_bytes=token_bytes, token_chars=token_chars, weights=weights, splits={}, files={}, ends={})
+                           tokenizer=first.tokenizer, token_bytes=token_bytes, token_chars=token_chars, weights=weights, splits={}, files={}, ends={},
+                           kind=first.kind, longest=first.longest, starts={})
     for split in ('train', 'val'):
         data.files[split], data.ends[split], at = [], [], 0
         for part in parts:
@@ -61,6 +65,8 @@ def open_dataset(name):
                 at += tokens
             data.ends[split].append(at)
         data.splits[split] = at
+        if data.kind:
+            data.starts[split] = np.append(np.fromfile(f'{first.folder}/{split}_index.bin', '<u8').astype(np.int64), at)
     return data
 
 
@@ -74,13 +80,14 @@ def _open_folder(name):
              for split in ('train', 'val')}
     if not paths['train']:
         sys.exit(f'dataset={name}: no {folder}/train.bin; {prepare}')
-    dtype, expected = np.dtype('<u2'), {}
+    dtype, expected, kind, longest = np.dtype('<u2'), {}, '', 0
     if os.path.exists(f'{folder}/meta.json'):
         try:
             with open(f'{folder}/meta.json', encoding='utf-8') as f:
                 meta = json.load(f)
             dtype = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}[meta['dtype']]
             expected = {split: meta[split]['tokens'] for split in ('train', 'val') if split in meta}
+            kind, longest = meta.get('kind', ''), meta.get('longest', 0)
         except (ValueError, KeyError, TypeError) as error:
             sys.exit(f'{folder}/meta.json: expected {{"dtype": "uint16" or "uint32", ...}}: {type(error).__name__}: {error}; {prepare}')
         tokenizer = load_tokenizer(folder)
@@ -107,7 +114,10 @@ def _open_folder(name):
         tokens = sum(tokens for _, tokens in files[split])
         if tokens != count:
             sys.exit(f'{folder}: {tokens:,} {split} tokens, but meta.json says {count:,}; a file is missing or of another dataset; {prepare}')
-    return SimpleNamespace(folder=folder, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer, files=files)
+        sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in (f'{folder}/{split}_mask.bin', f'{folder}/{split}_index.bin')]
+        if kind and sizes != [count, 8 * meta[split]['documents']]:
+            sys.exit(f'{folder}: {split}_mask.bin or {split}_index.bin does not belong to {split}.bin; {prepare}')
+    return SimpleNamespace(folder=folder, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer, files=files, kind=kind, longest=longest)
 
 
 def fingerprint(data):
@@ -123,7 +133,9 @@ def fingerprint(data):
 
 
 def document_starts(data, split='train'):
-    """Where the documents of a split begin (documents,): at its start and after each end-of-text token. Reads all of it once."""
+    """Where the documents of a split begin (documents,): where its index says or, reading all of it once, at its start and after each end-of-text token."""
+    if data.kind:
+        return data.starts[split][:-1]
     starts = [np.zeros(1, dtype=np.int64)]
     for path, begin in data.files[split]:
         tokens = np.memmap(path, dtype=data.dtype, mode='r')
@@ -133,27 +145,59 @@ def document_starts(data, split='train'):
     return starts[starts < data.splits[split]]
 
 
+def read_tokens(data, split, at):
+    """
+    The tokens at these places of a split, as int64 of the same shape, and which of them count for a loss (bool): those that the mask marks, or all.
+    The maps are opened anew each time: kept ones hold on to every page they have ever touched (nanoGPT #287).
+    """
+    begins = np.array([begin for _, begin in data.files[split]])
+    file_of = np.searchsorted(begins, at, side='right') - 1
+    tokens, counts = np.empty(at.shape, dtype=np.int64), np.ones(at.shape, dtype=bool)
+    for i in np.unique(file_of):
+        path, begin = data.files[split][i]
+        here = file_of == i
+        tokens[here] = np.asarray(np.memmap(path, dtype=data.dtype, mode='r'))[at[here] - begin]
+        if data.kind:
+            counts[here] = np.asarray(np.memmap(f'{path[:-4]}_mask.bin', dtype=np.uint8, mode='r'))[at[here] - begin] > 0
+    if tokens.max(initial=0) >= data.vocab_size:
+        sys.exit(f'{data.folder}: token id {tokens.max():,} in {split} is outside the vocabulary of {data.vocab_size:,}; '
+                 'bins and tokenizer do not belong together, so prepare the dataset again')
+    return tokens, counts
+
+
 def windows(data, split, starts, block_size):
     """
-    Inputs and targets (rows, block_size) int64, the targets one token ahead, from these places in a split; -1 where a folder has ended.
-    The maps are opened anew each time: kept ones hold on to every page they have ever touched (nanoGPT #287).
+    Inputs and targets (rows, block_size) int64, the targets one token ahead, from these places in a split; -1 where a folder has ended or the loss
+    does not count.
     """
     at = starts[:, None] + np.arange(block_size + 1)  # (rows, T + 1)
     ends = np.array(data.ends[split])
     end = ends[np.searchsorted(ends, starts, side='right')][:, None]  # of the folder that each row is in (rows, 1)
-    inside = np.minimum(at, end - 1)
-    begins = np.array([begin for _, begin in data.files[split]])
-    file_of = np.searchsorted(begins, inside, side='right') - 1  # (rows, T + 1)
-    rows = np.empty(at.shape, dtype=np.int64)
-    for i in np.unique(file_of):
-        path, begin = data.files[split][i]
-        here = file_of == i
-        rows[here] = np.asarray(np.memmap(path, dtype=data.dtype, mode='r'))[inside[here] - begin]
-    if rows.max(initial=0) >= data.vocab_size:
-        sys.exit(f'{data.folder}: token id {rows.max():,} in {split} is outside the vocabulary of {data.vocab_size:,}; '
-                 'bins and tokenizer do not belong together, so prepare the dataset again')
-    x, y = rows[:, :-1], np.where(at < end, rows, -1)[:, 1:]
+    tokens, counts = read_tokens(data, split, np.minimum(at, end - 1))
+    x, y = tokens[:, :-1], np.where(counts & (at < end), tokens, -1)[:, 1:]
     return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def documents(data, split, numbers):
+    """
+    Whole documents of a split, by their numbers (rows,), side by side: tokens and targets (rows, T) int64, of which -1 count not. T is that of the longest,
+    rounded up to a multiple of 32, so that a compiled network meets few shapes; a shorter one ends in padding, which what is before it does not see.
+    """
+    starts = data.starts[split]
+    lengths = starts[numbers + 1] - starts[numbers]
+    at = np.arange(-(-lengths.max() // 32) * 32 + 1)  # (T + 1,)
+    inside = at < lengths[:, None]  # (rows, T + 1)
+    tokens, counts = read_tokens(data, split, np.where(inside, starts[numbers][:, None] + at, 0))
+    x, y = np.where(inside, tokens, 0)[:, :-1], np.where(inside & counts, tokens, -1)[:, 1:]
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def shuffled(count, rows, seed, step):
+    """The numbers (rows,) of a step's rows when all `count` come once in random order, then all again in another."""
+    def order(epoch):
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).numpy()
+    first, last = step * rows // count, ((step + 1) * rows - 1) // count
+    return np.concatenate([order(epoch) for epoch in range(first, last + 1)])[step * rows - first * count:][:rows]
 
 
 def read_meta_pkl(path):

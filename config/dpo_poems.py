@@ -1,0 +1,25 @@
+# Tang poems, the last stage, direct preference optimisation: towards verses of five characters, without a reward model.
+
+init_from = 'out-poems-sft/best.pt'
+out_dir = 'out-poems-dpo'
+eval_interval = 50
+eval_iters = 4
+log_interval = 10
+sample_interval = 50
+sample_prompts = '春夜喜雨'
+
+objective = 'dpo'
+reference = 'out-poems-sft/best.pt'
+beta = 0.1
+dataset = 'tang_poems/pairs'
+gradient_accumulation_steps = 1
+batch_size = 32  # pairs
+block_size = 256
+
+learning_rate = 1e-4
+min_lr = 0.0
+max_iters = 150  # all pairs once
+lr_decay_iters = -1
+warmup_iters = 15
+weight_decay = 0.0  # the reference is what to stay close to, not 0
+compile = False  # pairs of many lengths would be compiled again and again

@@ -1,0 +1,30 @@
+# Tang poems, the last stage in another way, reinforcement learning: the model writes, and what the reward model likes becomes more likely.
+# With a rule instead of the reward model: --reward=data/tang_poems/poems.py:reward --out_dir=out-poems-grpo-rule
+
+init_from = 'out-poems-sft/best.pt'
+out_dir = 'out-poems-grpo'
+eval_interval = 20
+eval_iters = 4
+log_interval = 1
+sample_interval = 20
+sample_prompts = '春夜喜雨'
+
+objective = 'grpo'
+reference = 'out-poems-sft/best.pt'
+reward = 'out-poems-reward'
+group_size = 8
+updates = 2  # steps for the same answers: writing them takes most of the time
+kl_coef = 0.04
+max_new_tokens = 128
+dataset = 'tang_poems/prompts'
+gradient_accumulation_steps = 1
+batch_size = 24  # prompts, so 192 poems
+block_size = 256
+
+learning_rate = 1e-4
+min_lr = 1e-5
+max_iters = 80
+lr_decay_iters = -1
+warmup_iters = 5
+weight_decay = 0.0
+compile = False

@@ -1,0 +1,21 @@
+# A reward model from preferences: pairs as chat.py --rate writes them, or any of the usual forms (data/chat/prepare.py).
+
+init_from = 'out-chat/best.pt'
+out_dir = 'out-chat-reward'
+eval_interval = 50
+eval_iters = -1
+log_interval = 10
+always_save_checkpoint = False
+
+objective = 'reward'
+dataset = 'chat/pairs'
+gradient_accumulation_steps = 4
+batch_size = 4  # pairs
+block_size = 1024
+
+learning_rate = 1e-5
+min_lr = 0.0
+max_iters = 150
+lr_decay_iters = -1
+warmup_iters = 10
+compile = False  # pairs of many lengths would be compiled again and again

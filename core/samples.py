@@ -1,0 +1,47 @@
+"""What a network is trained on and what it writes meanwhile, shown as text."""
+import json
+import os
+import sys
+
+import torch
+
+from core.chat import answers, render, text_of
+
+
+def show_batch(batch, tokenizer):
+    """Print the first row of a batch: tokens X and targets Y (rows, T), and what else there may be. What is learned stands between ⟦ and ⟧."""
+    tokens, counts = batch[0][0].tolist(), [False, *(batch[1][0] >= 0).tolist()]
+    parts, begin = [], 0
+    for i in range(1, len(tokens) + 1):
+        if i == len(tokens) or counts[i] != counts[begin]:
+            text = tokenizer.decode(tokens[begin:i])
+            parts.append(f'⟦{text}⟧' if counts[begin] else text)
+            begin = i
+    print('a row of the first batch; what is learned stands between ⟦ and ⟧:\n' + ''.join(parts), flush=True)
+
+
+def encode_prompts(prompts, data, run):
+    """[(text, ids)] of texts to continue, separated by |; of conversations, of what a user says. Ends the script with one line where they cannot be had."""
+    tokenizer = data.tokenizer
+    if tokenizer is None or run.sharded:
+        sys.exit('sample_interval: ' + ('a part of the network in each process (parallel=fsdp) writes nothing by itself' if run.sharded else f'{data.folder} has no tokenizer') + '; use --sample_interval=0')
+    texts = prompts.replace('\\n', '\n').split('|')
+    for text in texts:
+        if tokenizer.unknown(text) or not text:
+            sys.exit(f'sample_prompts={prompts}: ' + (f'not in this vocabulary: {tokenizer.unknown(text)[0]!r}' if text else 'one of them is empty'))
+    return [(text, render([{'role': 'user', 'content': text}], tokenizer, reply=True)[0] if data.kind else tokenizer.encode(text)) for text in texts]
+
+
+@torch.no_grad()
+def show_samples(model, data, prompts, max_new_tokens, step, out_dir, run):
+    """Print what the network makes of prompts [(text, ids)], always by the same random numbers, and append it to out_dir/samples.jsonl."""
+    model.eval()
+    with run.ctx():
+        *_, rows = answers(model, data.tokenizer, [ids[-model.config.block_size:] for _, ids in prompts], max_new_tokens, range(len(prompts)),
+                           None if data.kind else -1, temperature=0.8, top_k=200)  # a text goes on and on
+    model.train()
+    with open(os.path.join(out_dir, 'samples.jsonl'), 'a', encoding='utf-8') as f:
+        for (text, _), row in zip(prompts, rows):
+            said = text_of(data.tokenizer, row) if data.kind else data.tokenizer.decode(row)
+            print(f'sample at step {step}: {text}' + '\n' * bool(data.kind) + said, flush=True)
+            f.write(json.dumps({'step': step, 'prompt': text, 'text': said}, ensure_ascii=False) + '\n')
