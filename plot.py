@@ -4,6 +4,7 @@ The curves of one run or several, from their log.csv, as a picture.
     python plot.py out-a out-b                                      # validation loss over steps, to curves.png
     python plot.py out-a out-b --x=time --y=loss --log=y --out=loss.png
     python plot.py out-a nanogpt.txt --x=time                       # and what nanoGPT's train.py has printed, saved to a file
+    python plot.py out-dpo out-grpo --y=val_loss,val_reward,val_kl  # a picture of several, each with the runs that have it
 
 A run is its folder, its log.csv, or a file with the printed lines of nanoGPT's train.py or ours. It needs matplotlib.
 """
@@ -21,7 +22,7 @@ from core.files import find
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 x = 'iter'  # 'iter'; 'tokens' that were trained on; 'time': the seconds that the steps took, without evaluations
-y = 'val_loss'  # a column of log.csv: loss, train_loss, val_loss, lr, grad_norm, ms, ...
+y = 'val_loss'  # a column of log.csv: loss, train_loss, val_loss, lr, grad_norm, ms, ...; several, each in a panel of its own, are separated by commas
 log = ''  # axes with a logarithmic scale: 'x', 'y' or 'xy'
 out = 'curves.png'  # the picture; .pdf and .svg work too
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -94,8 +95,8 @@ def needed(columns, name, run, why):
     return np.array(columns[name]).T  # (2, n): steps, numbers
 
 
-def curve(columns, run):
-    """What is drawn of a run: (xs, ys)."""
+def curve(columns, run, y):
+    """What is drawn of a run's column y: (xs, ys)."""
     steps, ys = needed(columns, y, run, f'y={y}')
     if x == 'tokens' and 'tokens_per_iter' in columns:
         steps = steps * columns['tokens_per_iter'][0][1]
@@ -110,7 +111,8 @@ def curve(columns, run):
     return steps, ys
 
 
-def draw(curves):
+def draw(panels):
+    """panels: {column: [(xs, ys, name), ...]}."""
     try:
         from matplotlib import font_manager, rcParams
         from matplotlib.figure import Figure
@@ -120,16 +122,19 @@ def draw(curves):
     warnings.filterwarnings('ignore', 'Glyph')  # no font here has it
     installed = {font.name for font in font_manager.fontManager.ttflist}
     rcParams['font.family'] = ['DejaVu Sans', *(name for name in CJK if name in installed)]
-    figure = Figure(figsize=(8, 5), layout='constrained')
-    axes = figure.subplots()
-    lines = [axes.plot(xs, ys, linewidth=1.5, marker='o' if len(xs) <= 40 else '', markersize=3)[0] for xs, ys, _ in curves]
-    axes.set(xlabel=LABELS[x], ylabel=y.replace('_', ' '), xscale='log' if 'x' in log else 'linear', yscale='log' if 'y' in log else 'linear')
-    if 'y' in log:
-        axes.yaxis.set_major_formatter(LogFormatter())  # 3, not 3 * 10^0
-        axes.yaxis.set_minor_formatter(LogFormatter())
-    axes.grid(alpha=0.3, which='both')
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.legend(lines, [name.replace('$', r'\$') for *_, name in curves], frameon=False)
+    figure = Figure(figsize=(8 if len(panels) == 1 else 4.5 * min(3, len(panels)), 5 if len(panels) == 1 else 3.2 * -(-len(panels) // 3)), layout='constrained')
+    colours = {name: f'C{i}' for i, name in enumerate(dict.fromkeys(name for curves in panels.values() for *_, name in curves))}
+    for axes, (y, curves) in zip(figure.subplots(-(-len(panels) // 3), min(3, len(panels)), squeeze=False).flat, panels.items()):
+        lines = [axes.plot(xs, ys, linewidth=1.5, color=colours[name], marker='o' if len(xs) <= 40 else '', markersize=3)[0] for xs, ys, name in curves]
+        axes.set(xlabel=LABELS[x], ylabel=y.replace('_', ' '), xscale='log' if 'x' in log else 'linear', yscale='log' if 'y' in log else 'linear')
+        if 'y' in log:
+            axes.yaxis.set_major_formatter(LogFormatter())  # 3, not 3 * 10^0
+            axes.yaxis.set_minor_formatter(LogFormatter())
+        axes.grid(alpha=0.3, which='both')
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.legend(lines, [name.replace('$', r'\$') for *_, name in curves], frameon=False)
+    for axes in figure.axes[len(panels):]:
+        axes.remove()
     try:
         figure.savefig(os.path.expanduser(out), dpi=150)
     except (OSError, ValueError) as error:  # no such folder, no such format
@@ -140,11 +145,14 @@ if not _runs:
     sys.exit('plot.py: which run? python plot.py out-a out-b --x=time (python plot.py --help lists the settings)')
 if x not in LABELS or log not in ('', 'x', 'y', 'xy'):
     sys.exit(f'x={x}, log={log}: expected x to be {", ".join(LABELS)}, and log x, y or xy')
-curves = []
-for run in _runs:
-    columns, name = read(run)
-    curves.append((*curve(columns, run), name))
-names = [name for *_, name in curves]
-curves = [(xs, ys, name if names.count(name) == 1 else run) for (xs, ys, name), run in zip(curves, _runs)]
-draw(curves)
-print(f'{out}: {y.replace("_", " ")} of {len(curves)} run{"s" * (len(curves) > 1)}: ' + ', '.join(f'{name} {ys[-1]:.4g}' for _, ys, name in curves) + ' at the end')
+runs = [read(run) for run in _runs]
+names = [name for _, name in runs]
+panels, several = {}, ',' in y
+for column in filter(None, y.split(',')):
+    panels[column] = [(*curve(columns, run, column), name if names.count(name) == 1 else run)
+                      for run, (columns, name) in zip(_runs, runs) if not several or columns.get(column)]
+    if not panels[column]:
+        sys.exit(f'y={y}: no run here has numbers of {column}')
+draw(panels)
+for column, curves in panels.items():
+    print(f'{out}: {column.replace("_", " ")} of {len(curves)} run{"s" * (len(curves) > 1)}: ' + ', '.join(f'{name} {ys[-1]:.4g}' for _, ys, name in curves) + ' at the end')

@@ -107,10 +107,11 @@ def write_folders(folder, tokenizer, conversations, preferences, prompts, max_to
         return [render(messages, tokenizer, reply=True)]
     for kind, name, items, documents_of in (('conversations', 'sft', conversations, conversation), ('pairs', 'pairs', preferences, pair), ('prompts', 'prompts', prompts, prompt)):
         if any(items.values()):
-            _write_folder(os.path.join(folder, name), kind, tokenizer, items, documents_of, max_tokens)
+            write_folder(os.path.join(folder, name), kind, tokenizer, items, documents_of, max_tokens)
 
 
-def _write_folder(folder, kind, tokenizer, items, documents_of, max_tokens):
+def write_folder(folder, kind, tokenizer, items, documents_of, max_tokens):
+    """One of these folders: documents_of(item) are the documents of an item, each its ids and mask (T,)."""
     dtype = np.dtype('<u4' if tokenizer.vocab_size > 2**16 else '<u2')
     meta = {'kind': kind, 'dtype': 'uint32' if dtype.itemsize == 4 else 'uint16', 'vocab_size': tokenizer.vocab_size,
             'tokenizer_sha256': hashlib.sha256(tokenizer.json.encode()).hexdigest(), 'max_tokens': max_tokens, 'longest': 0}
@@ -130,7 +131,7 @@ def _write_folder(folder, kind, tokenizer, items, documents_of, max_tokens):
                 for one, mask in documents:
                     starts.append(at)
                     ids.append(one.astype(dtype))
-                    masks.append(mask)
+                    masks.append(mask.astype(np.uint8))
                     at += len(one)
                     meta['longest'] = max(meta['longest'], len(one))
         ids = np.concatenate(ids)
