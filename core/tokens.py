@@ -178,18 +178,26 @@ def windows(data, split, starts, block_size):
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def documents(data, split, numbers):
+def documents(data, split, numbers, block_size):
     """
-    Whole documents of a split, by their numbers (rows,), side by side: tokens and targets (rows, T) int64, of which -1 count not. T is that of the longest,
-    rounded up to a multiple of 32, so that a compiled network meets few shapes; a shorter one ends in padding, which what is before it does not see.
+    Whole documents of a split, by their numbers (n,), the longest first into the first row that has room: tokens, targets, of which -1 count not, and which one of
+    the n each token belongs to, n for padding; (rows, T) int64 each, T at most block_size.
     """
     starts = data.starts[split]
-    lengths = starts[numbers + 1] - starts[numbers]
-    at = np.arange(-(-lengths.max() // 32) * 32 + 1)  # (T + 1,)
-    inside = at < lengths[:, None]  # (rows, T + 1)
-    tokens, counts = read_tokens(data, split, np.where(inside, starts[numbers][:, None] + at, 0))
-    x, y = np.where(inside, tokens, 0)[:, :-1], np.where(inside & counts, tokens, -1)[:, 1:]
-    return torch.from_numpy(x), torch.from_numpy(y)
+    lengths, used, places = starts[numbers + 1] - starts[numbers], [], {}
+    for i in np.argsort(-lengths, kind='stable').tolist():
+        row = next((row for row, length in enumerate(used) if length + lengths[i] <= block_size), len(used))
+        used += [0] * (row == len(used))
+        places[i] = row, used[row]
+        used[row] += int(lengths[i])
+    shape = len(used), max(used)
+    X, Y, document = np.zeros(shape, np.int64), np.full(shape, -1), np.full(shape, len(numbers))
+    for i, (row, at) in places.items():
+        tokens, counts = read_tokens(data, split, np.arange(starts[numbers[i]], starts[numbers[i] + 1]))
+        X[row, at:at + len(tokens)] = tokens
+        Y[row, at:at + len(tokens) - 1] = np.where(counts, tokens, -1)[1:]
+        document[row, at:at + len(tokens)] = i
+    return tuple(map(torch.from_numpy, (X, Y, document)))
 
 
 def shuffled(count, rows, seed, step):

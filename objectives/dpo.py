@@ -37,10 +37,11 @@ def reference_logps(model, data, split, config, run):
     pairs = np.arange(len(data.starts[split]) // 2)
     logps = torch.zeros(len(pairs), 2)
     at_once = config['batch_size']
+    print(f'the log-probabilities of {2 * len(pairs):,} answers ({split}) by the reference model ...', flush=True)
     for i in tqdm(range(run.rank * at_once, len(pairs), run.world_size * at_once), desc=f'reference, {split}', leave=False, disable=None):
         with run.ctx():
             batch = [x.to(run.device) for x in reward.load(data, split, pairs[i:i + at_once], config['block_size'])]
-            logps[i:i + at_once] = -model(*batch).sum(dim=1).view(-1, 2).cpu()
+            logps[i:i + at_once] = answer_logps(model, *batch).cpu()
     return all_reduce(logps, run).float()
 
 
@@ -48,16 +49,21 @@ def state(context):
     return {'reference': context.path, 'logps': context.logps}
 
 
+def answer_logps(model, X, Y, document):
+    """The log-probabilities (pairs, 2) of answers: tokens, targets and which answer each is of (rows, T)."""
+    sums = torch.zeros(int(document.max()) + 1, device=X.device).index_add(0, document.flatten(), -model(X, Y, document).flatten())
+    return sums[:2 * int(reward.divisor((X, Y, document)))].view(-1, 2)
+
+
 def load(data, split, pairs, block_size, context):
-    """Tokens and targets (2 * pairs, T), chosen and rejected by turns; the reference's log-probabilities (pairs, 2)."""
+    """Tokens, targets, and which answer each is of (rows, T); the reference's log-probabilities (pairs, 2)."""
     return *reward.load(data, split, pairs, block_size), context.logps[split][pairs]
 
 
 def margins(model, batch):
     """By how much the chosen answer's log-probability has risen above the rejected one's since the reference (pairs,), in nats."""
-    X, Y, reference_logps = batch
-    logps = -model(X, Y).sum(dim=1).view(-1, 2)  # (pairs, 2)
-    chosen, rejected = (logps - reference_logps).unbind(dim=1)
+    *batch, reference_logps = batch
+    chosen, rejected = (answer_logps(model, *batch) - reference_logps).unbind(dim=1)
     return chosen - rejected
 
 
@@ -74,10 +80,10 @@ def measure(model, batch, data, context):
     Sum and divisor of each of MEASURES, (4, 2): the loss; the share of pairs whose margin is positive; the margin of the implicit rewards, beta times that of
     the log-probabilities; the divergence KL(model || reference) in nats per token, exact at every token of the chosen answers.
     """
-    X, Y, _ = batch
-    margin, count = margins(model, batch), len(X) // 2
-    told = Y[::2] != -1
-    ours, theirs = (network(X[::2]).float()[told].log_softmax(dim=-1) for network in (model, context.model))  # (tokens, V)
+    X, Y, document, _ = batch
+    margin, told = margins(model, batch), (Y != -1) & (document % 2 == 0)
+    ours, theirs = (network.lm_head(network.hidden(X, documents=document)[told]).float().log_softmax(dim=-1) for network in (model, context.model))  # (tokens, V)
     kl = (ours.exp() * (ours - theirs)).sum()
+    count = len(margin)
     return torch.stack([torch.stack([losses(margin).sum(), (margin > 0).sum(), beta * margin.sum(), kl]).double().cpu(),
                         torch.tensor([count, count, count, told.sum()], dtype=torch.float64)], dim=1)

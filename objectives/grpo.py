@@ -78,7 +78,7 @@ def make_judge(data, run):
     def judge_by_model(prompts, rows, finished):
         X, Y = side_by_side(prompts, rows, run)
         with run.ctx():
-            return reward_model.rewards(model, X, Y).tolist()
+            return reward_model.rewards(model, X, Y, torch.arange(len(X), device=X.device)[:, None].expand_as(X)).tolist()
     return judge_by_model
 
 

@@ -45,18 +45,21 @@ def fixed(data, split, rows, block_size):
 
 
 def load(data, split, pairs, block_size, context=None):
-    """Tokens and targets (2 * pairs, T): what was chosen, what was rejected, and so on."""
-    return documents(data, split, np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel())
+    """Tokens, targets, and which answer of the batch each is of (rows, T): what was chosen has the even numbers, what was rejected the odd ones."""
+    return documents(data, split, np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel(), block_size)
 
 
 def divisor(batch):
-    return len(batch[0]) // 2
+    _, Y, document = batch[:3]
+    return (document[Y != -1].max() + 1) // 2
 
 
-def rewards(model, X, Y):
-    """The rewards (rows,) of answers: tokens X and targets Y (rows, T), -1 where they are no answer."""
-    last = ((Y != -1) * torch.arange(1, Y.size(1) + 1, device=Y.device)).amax(dim=1)  # the token that ends it is the last target, so one place on
-    return model(X).float().gather(1, last.clamp(max=X.size(1) - 1)[:, None]).squeeze(1)
+def rewards(model, X, Y, document):
+    """The rewards (n,) of n answers: tokens X, targets Y, which are -1 where they are no answer, and which answer each is of (rows, T)."""
+    n = int(document[Y != -1].max()) + 1
+    places = torch.where(Y.flatten() != -1, torch.arange(Y.numel(), device=Y.device), -1)
+    last = places.new_zeros(int(document.max()) + 1).scatter_reduce(0, document.flatten(), places, 'amax')[:n] + 1  # the last target is the token that ends it, one place on
+    return model(X, None, document).float().flatten()[last]
 
 
 def margins(model, batch):
@@ -71,5 +74,5 @@ def loss(model, batch):
 
 def measure(model, batch, data, context=None):
     """Sum and divisor of each of MEASURES, (3, 2): the loss; the share of pairs ranked right; the margin."""
-    margin, count = margins(model, batch), len(batch[0]) // 2
-    return torch.stack([torch.stack([-F.logsigmoid(margin).sum(), (margin > 0).sum(), margin.sum()]), margin.new_full((3,), count)], dim=1)
+    margin = margins(model, batch)
+    return torch.stack([torch.stack([-F.logsigmoid(margin).sum(), (margin > 0).sum(), margin.sum()]), margin.new_full((3,), len(margin))], dim=1)

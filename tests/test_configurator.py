@@ -223,7 +223,7 @@ def test_paths(run, toy, tmp_path):
 PREPARE = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob('data/*/prepare.py'))]
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py', *PREPARE])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'chat.py', 'data/tang_poems/judge.py', *PREPARE])
 def test_help_of_our_scripts(script, tmp_path):
     """Each script's --help gives every setting a comment, and starts nothing."""
     result = run_script(script, '--help', cwd=tmp_path)
@@ -231,8 +231,8 @@ def test_help_of_our_scripts(script, tmp_path):
     listed = [line for line in result.out.splitlines() if line.startswith('  --')]
     source = (ROOT / script).read_text(encoding='utf-8').split('\nexec(open(')[0]
     named = re.findall(r'^([a-z][a-z_0-9]*) = (?!{)', source, flags=re.M)
-    if script in PREPARE:
-        shared = (ROOT / 'core' / 'prepare.py').read_text(encoding='utf-8')
+    if script == 'train.py' or '_settings' in source:
+        shared = (ROOT / ('objectives/next_token.py' if script == 'train.py' else 'core/prepare.py')).read_text(encoding='utf-8')
         named = [*dict.fromkeys(named + re.findall(r'^([a-z_0-9]+) = ', shared, flags=re.M))]
     assert [re.match('  --([a-z_0-9]+)=', line)[1] for line in listed] == named
     assert all(re.fullmatch(r'  --\w+=\S+ +\S.{4,}', line) for line in listed), listed

@@ -115,14 +115,16 @@ def test_a_row_without_targets_adds_zero(folder):
     assert int(next_token.divisor((X, half))) == int((Y[1] != -1).sum())
 
 
-def test_documents_side_by_side(folder):
+def test_whole_documents_in_rows(folder):
     data = open_dataset(str(folder / 'pairs'))
-    X, Y = documents(data, 'train', np.array([0, 3, 5]))
-    tokens, starts = np.fromfile(folder / 'pairs' / 'train.bin', '<u2'), data.starts['train']
-    for row, number in enumerate([0, 3, 5]):
-        document = tokens[starts[number]:starts[number + 1]]
-        assert X[row, :len(document)].tolist() == document.tolist() and (Y[row, len(document) - 1:] == -1).all()
-    assert X.size(1) % 32 == 0
+    numbers = np.array([5, 0, 3, 9, 12])
+    X, Y, document = documents(data, 'train', numbers, 32)
+    tokens, mask, starts = np.fromfile(folder / 'pairs' / 'train.bin', '<u2'), np.fromfile(folder / 'pairs' / 'train_mask.bin', np.uint8), data.starts['train']
+    for i, number in enumerate(numbers):
+        place, (begin, end) = document == i, starts[number:number + 2]
+        assert X[place].tolist() == tokens[begin:end].tolist()
+        assert Y[place].tolist() == [*np.where(mask[begin + 1:end], tokens[begin + 1:end].astype(int), -1), -1]
+    assert (Y[document == 5] == -1).all() and X.size(1) <= 32 and len(X) < 5
 
 
 def test_shuffled_is_a_permutation_each_epoch():
@@ -197,12 +199,15 @@ def test_reward_loss(folder):
     assert reward.loss(model, batch).item() == pytest.approx(5 * math.log(2))  # the head starts at 0
     torch.nn.init.normal_(model.lm_head.weight)
     margin = reward.margins(model, batch)
-    X, Y = batch
-    hidden, end = model.hidden(X), end_of_turn(data.tokenizer)
-    scores = torch.stack([hidden[row, (X[row] == end).nonzero()[1, 0]] @ model.lm_head.weight[0] for row in range(10)])  # the second end is the answer's
+    X, _, document = batch
+    end, scores = end_of_turn(data.tokenizer), []
+    for i in range(10):
+        ids = X[document == i]
+        scores.append(model.hidden(ids[None])[0, (ids == end).nonzero()[1, 0]] @ model.lm_head.weight[0])  # the second end is the answer's
+    scores = torch.stack(scores)
     torch.testing.assert_close(margin, scores[::2] - scores[1::2])
     torch.testing.assert_close(reward.loss(model, batch), torch.log1p(torch.exp(-margin)).sum())
-    swapped = [x.view(5, 2, -1).flip(1).reshape(10, -1) for x in batch]
+    swapped = batch[0], batch[1], torch.where(document < 10, document ^ 1, document)
     torch.testing.assert_close(reward.margins(model, swapped), -margin)
     assert reward.measure(model, batch, data)[1].tolist() == [(margin > 0).sum().item(), 5]
 

@@ -15,9 +15,9 @@ from core.conversations import write_folders
 from core.prepare import prepare
 from core.tokenizer import char_tokenizer
 
+input = ''  # a tang_poems.json of your own: a list of {"title", "author", "paragraphs"}
 max_tokens = 256  # what is longer, with its title, is cut there: the context of the configs
 held_out = 200  # titles that occur in no training data, on which the stages are judged
-_settings = 'core.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
