@@ -15,7 +15,7 @@ block_size = 256
 
 learning_rate = 3e-4
 min_lr = 0.0
-max_iters = 150  # half of the pairs, once each
+max_iters = 100  # a third of the pairs, once
 lr_decay_iters = -1
 warmup_iters = 10
 weight_decay = 0.1

@@ -11,10 +11,10 @@ if [ "${1:-}" = --quick ]; then
     shift
     out=out-poems-quick
     small=(--n_layer=3 --n_head=4 --n_embd=96)
-    steps=(400 250 30 40 12)
+    steps=(400 250 40 60 10)
     titles=60
 else
-    steps=(1200 600 150 150 80)
+    steps=(1200 600 100 100 40)
     titles=200
 fi
 started=$SECONDS

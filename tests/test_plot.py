@@ -114,3 +114,20 @@ def test_help(tmp_path):
     for args in ['--help'], ['good', '-h']:
         result = run_script('plot.py', *args, cwd=tmp_path)
         assert (result.code, result.err, list(tmp_path.iterdir())) == (0, '', []) and '--y=' in result.out
+
+
+def test_panels(tmp_path):
+    """Several columns: a panel each, with the runs that have it, each run in one colour."""
+    from unittest import mock
+
+    from matplotlib.figure import Figure
+    write(tmp_path / 'a' / 'log.csv', 'iter,loss,val_kl\n0,2,0\n1,1,0.5\n')
+    write(tmp_path / 'b' / 'log.csv', 'iter,loss,val_reward\n0,3,\n1,,7\n')
+    drawn = []
+    with mock.patch.object(Figure, 'savefig', lambda figure, *args, **kwargs: drawn.append(figure)):
+        result = run_script('plot.py', 'a', 'b', '--y=loss,val_kl,val_reward', cwd=tmp_path)
+    assert result.code == 0 and 'val kl of 1 run: a 0.5 at the end' in result.out, result.err
+    panels = {axes.get_ylabel(): {text.get_text(): line.get_color() for text, line in zip(axes.get_legend().get_texts(), axes.lines)} for axes in drawn[0].axes}
+    assert {name: sorted(lines) for name, lines in panels.items()} == {'loss': ['a', 'b'], 'val kl': ['a'], 'val reward': ['b']}
+    assert panels['val kl']['a'] == panels['loss']['a'] != panels['loss']['b'] == panels['val reward']['b']
+    assert 'no run here has numbers of val_nothing' in run_script('plot.py', 'a', '--y=loss,val_nothing', cwd=tmp_path).err

@@ -15,10 +15,16 @@ from core.tokenizer import gpt2_tokenizer
 SMALL = ['--max_iters=2', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=2', '--n_layer=1', '--n_head=1', '--n_kv_head=0', '--n_embd=16',
          '--block_size=16', '--compile=False', '--wandb_log=False']
 BY_MAKE = ('git clone', 'make ', 'python3 -m venv', '. .venv', 'pip install')  # `make` runs these, and test_demo below runs `make demo`
+STAGES = '## From a text to a model that answers'
+FEW = ['--max_iters=1', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=2', '--compile=False']  # for networks whose shape comes with their weights
+LEFT_OUT = shutil.ignore_patterns('.git', '.venv*', 'out*', '*.bin', 'meta.*', 'tokenizer.json', 'input.txt', 'input', '__pycache__')
 
 
-def commands(readme):
+def commands(readme, section='', without=''):
+    """The commands of a README, or of one section, or of all but one."""
     text = (ROOT / readme).read_text(encoding='utf-8')
+    parts = re.split(r'(?m)^(?=## )', text)
+    text = ''.join(part for part in parts if part.startswith(section) and not (without and part.startswith(without)))
     return [line.partition('  # ')[0].rstrip() for block in re.findall(r'```sh\n(.*?)```', text, re.DOTALL) for line in block.splitlines()]
 
 
@@ -61,7 +67,7 @@ def stand_ins(house, tmp_path):
 def test_commands_run(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
     house = tmp_path / 'stonegpt'
-    shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns('.git', '.venv*', 'out*', '*.bin', 'meta.*', 'tokenizer.json', 'input.txt', 'input', '__pycache__'))
+    shutil.copytree(ROOT, house, ignore=LEFT_OUT)
     GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / 'gpt2')
     (tmp_path / 'gpt2' / 'tokenizer.json').write_text(gpt2_tokenizer().json, encoding='utf-8')
     Qwen3ForCausalLM(Qwen3Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)).save_pretrained(tmp_path / 'Qwen3-0.6B')
@@ -69,7 +75,7 @@ def test_commands_run(tmp_path):
     environment = {**os.environ, 'DATA_MIRROR': str(tmp_path / 'mirror'), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1',
                    'XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')}
     done = set()
-    for command in commands('README.md') + commands('docs/operations.md'):
+    for command in commands('README.md', without=STAGES) + commands('docs/operations.md'):
         if command in done or command.startswith(BY_MAKE):
             continue
         done.add(command)
@@ -96,12 +102,62 @@ def test_commands_run(tmp_path):
     assert len(done) > 30
 
 
+def stage_house(tmp_path):
+    """A copy of the repository with conversations, preferences and, where this machine has no poems, some; and the environment to run its commands in."""
+    house = tmp_path / 'stonegpt'
+    shutil.copytree(ROOT, house, ignore=LEFT_OUT)
+    stand_ins(house, tmp_path)
+    talk = [{'instruction': 'The quick fox', 'output': f'jumps over the {"lazy " * (i % 3)}dog.'} for i in range(12)]
+    likes = [{'prompt': 'The quick fox', 'chosen': f'jumps over the {"lazy " * (i % 3)}dog.', 'rejected': 'The dog.'} for i in range(8)]
+    for name, records in (('conversations', talk), ('preferences', likes)):
+        (house / f'{name}.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8')
+    if not (MIRROR / 'tang_poems.json').exists():
+        poems = [{'title': f'春{"夜喜雨山水"[i % 5]}{"一二三四五六七"[i % 7]}', 'author': '', 'paragraphs': ['好雨知時節，當春乃發生。', '隨風潛入夜，潤物細無聲。'] if i % 2 else ['兩箇黃鸝鳴翠柳，一行白鷺上青天。'] * 2}
+                 for i in range(300)]
+        (house / 'data' / 'tang_poems' / 'input').mkdir()
+        (house / 'data' / 'tang_poems' / 'input' / 'tang_poems.json').write_text(json.dumps(poems), encoding='utf-8')
+    return house, {**os.environ, 'DATA_MIRROR': str(tmp_path / 'mirror'), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable}
+
+
+def test_stages_run(tmp_path):
+    house, environment = stage_house(tmp_path)
+    first = ['python data/any_text/prepare.py --input=my.txt --tokenizer=char', 'python train.py config/train_shakespeare_char_cpu.py --dataset=my --out_dir=out-my --block_size=64']
+    done = 0
+    for command in first + commands('README.md', STAGES):
+        if command.startswith(('bash ', 'pip install')) or '--serve' in command:  # below, and in test_chat.py
+            continue
+        words = shlex.split(command)
+        if 'train.py' in words:
+            words += FEW + ['--n_layer=1', '--n_head=1', '--n_embd=16'] * ('init_from' not in command and ('pretrain' in command or 'shakespeare' in command))
+            words += ['--group_size=2', '--max_new_tokens=4'] * ('grpo' in command) + ['--sample_tokens=4', '--sample_prompts=dog'] * ('sft_chat' in command)
+        words += {'judge.py': ['--titles=2', '--max_new_tokens=4'], 'chat.py': ['--max_new_tokens=4']}.get(os.path.basename(words[1]), [])
+        words = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run']}[words[0]] + words[1:]
+        result = subprocess.run(words, cwd=house, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8', timeout=300)
+        assert result.returncode == 0, f'{command}\n{result.stdout[-2000:]}\n{result.stderr[-9000:]}'
+        done += 1
+    assert done == 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', [command for command in commands('README.md', STAGES) if command.startswith('bash')])
+def test_journeys_run(tmp_path, command):
+    """runs/poems.sh and runs/chat.sh, cut short, and what an interrupted one does when it is started again: nothing twice."""
+    house, environment = stage_house(tmp_path)
+    environment |= {'VOCAB_SIZE': '300', 'CONTEXT': '256'}
+    words = [*shlex.split(command), *['--quick'] * ('poems' in command), '--max_iters=2', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=1', '--compile=False', '--device=cpu']
+    words += ['--n_layer=1', '--n_head=1', '--n_embd=16'] * ('chat' in command)
+    for again in (False, True):
+        result = subprocess.run(words, cwd=house, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8', timeout=900)
+        assert result.returncode == 0, f'{result.stdout[-3000:]}\n{result.stderr[-5000:]}'
+        assert ('iter 1:' in result.stdout or 'steps in' in result.stdout) != again
+
+
 @pytest.mark.slow
 @pytest.mark.network
 def test_demo(tmp_path):
     """`make demo` in a fresh copy, with the packages of this environment: trained to the loss that the README states, and it writes a play."""
     house = tmp_path / 'stonegpt'
-    shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns('.git', '.venv*', 'out*', '*.bin', 'meta.*', 'tokenizer.json', 'input.txt', 'input', '__pycache__'))
+    shutil.copytree(ROOT, house, ignore=LEFT_OUT)
     venv = os.path.dirname(os.path.dirname(os.path.abspath(sys.executable)))
     if not os.path.exists(os.path.join(venv, 'installed')):
         pytest.skip('not an environment that make made')
