@@ -203,7 +203,7 @@ if lr_decay_iters == -1:
 config.update({key: getattr(model.config, key) for key in shape}, learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, lr_decay_iters=lr_decay_iters)  # what is saved is what was used
 if data.shortest <= block_size and not data.kind:
     sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
-prompts = encode_prompts(sample_prompts, data, run) if sample_interval and not eval_only else []
+prompts = encode_prompts(sample_prompts, data, run) if sample_interval and not eval_only and not model.config.reward else []  # a reward model writes nothing
 fit_vocabulary(model, source, data, origin)
 data_hash = fingerprint(data)
 if checkpoint.get('data', data_hash) != data_hash and not eval_only:

@@ -40,7 +40,7 @@ def show_samples(model, data, prompts, max_new_tokens, step, out_dir, run):
         *_, rows = answers(model, data.tokenizer, [ids[-model.config.block_size:] for _, ids in prompts], max_new_tokens, range(len(prompts)),
                            None if data.kind else -1, temperature=0.8, top_k=200)  # a text goes on and on
     model.train()
-    with open(os.path.join(out_dir, 'samples.jsonl'), 'a', encoding='utf-8') as f:
+    with open(os.path.join(out_dir, 'samples.jsonl'), 'a' if step else 'w', encoding='utf-8') as f:
         for (text, _), row in zip(prompts, rows):
             said = text_of(data.tokenizer, row) if data.kind else data.tokenizer.decode(row)
             print(f'sample at step {step}: {text}' + '\n' * bool(data.kind) + said, flush=True)
