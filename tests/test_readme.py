@@ -119,6 +119,7 @@ def stage_house(tmp_path):
     return house, {**os.environ, 'DATA_MIRROR': str(tmp_path / 'mirror'), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable}
 
 
+@pytest.mark.slow
 def test_stages_run(tmp_path):
     house, environment = stage_house(tmp_path)
     first = ['python data/any_text/prepare.py --input=my.txt --tokenizer=char', 'python train.py config/train_shakespeare_char_cpu.py --dataset=my --out_dir=out-my --block_size=64']

@@ -374,7 +374,7 @@ def test_reading_takes_no_memory(tmp_path):
     shards = [tmp_path / f'train_{i:05d}.bin' for i in range(4)]
     for shard in shards:
         np.ones(2**25, '<u2').tofile(shard)
-    data = SimpleNamespace(files={'train': [(str(path), i * 2**25) for i, path in enumerate(shards)]}, ends={'train': [2**27]}, dtype=np.dtype('<u2'), vocab_size=2, folder='d')
+    data = SimpleNamespace(files={'train': [(str(path), i * 2**25) for i, path in enumerate(shards)]}, ends={'train': [2**27]}, dtype=np.dtype('<u2'), vocab_size=2, folder='d', kind='')
     draw = np.random.default_rng(0)
     windows(data, 'train', draw.integers(0, 2**27 - 2000, 500), 1024)
     before = resident()
