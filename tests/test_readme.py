@@ -144,7 +144,7 @@ def test_stages_run(tmp_path):
 def test_journeys_run(tmp_path, command):
     """runs/poems.sh and runs/chat.sh, cut short, and what an interrupted one does when it is started again: nothing twice."""
     house, environment = stage_house(tmp_path)
-    environment |= {'VOCAB_SIZE': '300', 'CONTEXT': '256'}
+    environment |= {'VOCAB_SIZE': '280', 'CONTEXT': '256'}
     words = [*shlex.split(command), *['--quick'] * ('poems' in command), '--max_iters=2', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=1', '--compile=False', '--device=cpu']
     words += ['--n_layer=1', '--n_head=1', '--n_embd=16'] * ('chat' in command)
     for again in (False, True):
