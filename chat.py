@@ -13,7 +13,7 @@ import os
 import sys
 
 from core.chat import can_chat
-from core.checkpoint import load_model, source_tokenizer
+from core.checkpoint import check_writes, load_model, source_tokenizer
 from core.device import explain, setup
 from core.quantize import convert
 from core.server import LIMITS, fit, reply, run_server, within
@@ -76,11 +76,10 @@ if rate:
 
 run = setup(device, dtype, seed=seed)
 model, source = load_model(init_from, out_dir, ckpt)
+check_writes(model, out_dir if init_from == 'resume' else init_from)
 tokens = source_tokenizer(source)
 if not can_chat(tokens):
     sys.exit('this model has no chat template: its tokenizer lacks the tokens for it; instruction-tune it first, or continue a text with it by sample.py')
-if getattr(model.config, 'reward', False):
-    sys.exit('this is a reward model: it marks answers and gives none')
 if tokens.vocab_size > model.config.vocab_size:
     sys.exit(f'the tokenizer has {tokens.vocab_size:,} tokens, the model only {model.config.vocab_size:,}; is this the right tokenizer?')
 convert(model.to(run.device), run.dtype)
