@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.checkpoint import load_model, source_tokenizer
+from core.checkpoint import check_writes, load_model, source_tokenizer
 from core.device import explain, setup
 from core.files import find
 from core.quantize import convert
@@ -115,6 +115,7 @@ def losses(model, tokens, run):
 
 for run in runs:
     model, source = load_model(init_from, out_dir, ckpt)
+    check_writes(model, out_dir if init_from == 'resume' else init_from)
     tokens = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
     data = data or (source.get('config', {}).get('dataset', '') if isinstance(source, dict) and not tasks and not lm_eval else '')
     if not data and not tasks and not lm_eval:

@@ -14,7 +14,7 @@ import numpy as np
 from poems import five_characters, messages_of, well_formed
 
 from core.chat import answers, can_chat, end_of_turn, render, text_of
-from core.checkpoint import load_model, source_tokenizer
+from core.checkpoint import check_writes, load_model, source_tokenizer
 from core.device import setup
 from core.tokens import open_dataset
 
@@ -52,6 +52,7 @@ def write(model, tokenizer, subjects):
 def judge(path):
     """Show the poem of a run and return its numbers."""
     model, source = load_model(path)
+    check_writes(model, path)
     tokenizer = source_tokenizer(source)
     if not can_chat(tokenizer):
         sys.exit(f'out_dir={path}: this model knows no conversations; judge one that was instruction-tuned')
