@@ -120,43 +120,47 @@ class BlockAttention(torch.autograd.Function):
     """
     Causal attention of queries, keys and values (N, T, hs) in plain operations, BLOCK queries at a time: what they cannot see is not computed, and
     over a long context no weights are held, but computed again in the backward pass (Dao et al. 2022: https://arxiv.org/abs/2205.14135).
+    mask: None or (N, T, T), of bools that say who sees whom.
     """
 
     @staticmethod
-    def weights(q, k, i, j):
+    def weights(q, k, mask, i, j):
         """Of queries i to j, on the keys before j: (N, j - i, j)."""
-        future = q.new_full((j - i, j), float('-inf')).triu(i + 1)
-        return torch.baddbmm(future, q[:, i:j], k[:, :j].transpose(1, 2), alpha=1 / math.sqrt(q.size(2))).softmax(dim=-1)
+        if mask is None:
+            hidden = q.new_full((j - i, j), float('-inf')).triu(i + 1)
+        else:
+            hidden = q.new_zeros(len(q), j - i, j).masked_fill_(~mask[:, i:j, :j], float('-inf'))
+        return torch.baddbmm(hidden, q[:, i:j], k[:, :j].transpose(1, 2), alpha=1 / math.sqrt(q.size(2))).softmax(dim=-1)
 
     @staticmethod
-    def forward(ctx, q, k, v, dropout):
+    def forward(ctx, q, k, v, dropout, mask):
         y, held, factors = torch.empty_like(q), [], []
         ctx.blocks = [(i, min(i + BLOCK, q.size(1))) for i in range(0, q.size(1), BLOCK)]
         for i, j in ctx.blocks:
-            att = BlockAttention.weights(q, k, i, j)
+            att = BlockAttention.weights(q, k, mask, i, j)
             if len(ctx.blocks) <= 2:
                 held.append(att)
             if dropout:
                 factors.append(dropout_factors(att, dropout))
                 att = att * factors[-1]
             y[:, i:j] = att @ v[:, :j]
-        ctx.save_for_backward(q, k, v, *held, *factors)
+        ctx.save_for_backward(q, k, v, mask, *held, *factors)
         ctx.held = len(held)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        q, k, v, *rest = ctx.saved_tensors
+        q, k, v, mask, *rest = ctx.saved_tensors
         held, factors = rest[:ctx.held], rest[ctx.held:]
         dq, dk, dv, scale = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), 1 / math.sqrt(q.size(2))
         for n, (i, j) in enumerate(ctx.blocks):
-            att = held[n] if held else BlockAttention.weights(q, k, i, j)
+            att = held[n] if held else BlockAttention.weights(q, k, mask, i, j)
             datt = dy[:, i:j] @ v[:, :j].transpose(1, 2)
             dv[:, :j] += (att * factors[n] if factors else att).transpose(1, 2) @ dy[:, i:j]
             datt = torch._softmax_backward_data(datt.mul_(factors[n]) if factors else datt, att, -1, att.dtype)  # now of the scores
             dq[:, i:j] = (datt @ k[:, :j]).mul_(scale)
             dk[:, :j].add_(datt.transpose(1, 2) @ q[:, i:j], alpha=scale)
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 def attention(q, k, v, dropout=0.0, plain=None, mask=None):
@@ -169,9 +173,10 @@ def attention(q, k, v, dropout=0.0, plain=None, mask=None):
     if len(k) < nh:
         k, v = (x.repeat_interleave(nh // len(k), dim=0) for x in (k, v))  # grouped-query attention: neighbours share
     if plain is None:
-        plain = q.device.type == 'cpu' and mask is None and (q.dtype == torch.bfloat16 or dropout > 0)
+        plain = q.device.type == 'cpu' and (q.dtype == torch.bfloat16 or dropout > 0)
     if plain:
-        return BlockAttention.apply(*(x.reshape(nh * B, T, hs) for x in (q, k, v)), dropout).view(nh, B, T, hs)
+        seen = None if mask is None else mask.expand(B, nh, T, T).transpose(0, 1).reshape(nh * B, T, T)
+        return BlockAttention.apply(*(x.reshape(nh * B, T, hs) for x in (q, k, v)), dropout, seen).view(nh, B, T, hs)
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None).transpose(0, 1)
 
@@ -408,23 +413,6 @@ class GPT(nn.Module):
         """Floating-point operations that training spends per token (PaLM, appendix B: https://arxiv.org/abs/2204.02311)."""
         config = self.config
         return 6 * self.num_params() + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
-
-    def add_tokens(self, known, vocab_size):
-        """Room for a vocabulary of vocab_size rows: those beyond the `known` first ones start as the mean of these (Hewitt 2021: https://nlp.stanford.edu/~johnhew/vocab-expansion.html)."""
-        for module in {self.transformer.wte, self.lm_head}:
-            old = module.weight.detach()
-            new = old[:known].mean(dim=0).repeat(max(vocab_size, len(old)), 1)
-            new[:known] = old[:known]
-            module.weight = nn.Parameter(new)
-        self.config.vocab_size = len(new)
-        if self.config.tied:
-            self.transformer.wte.weight = self.lm_head.weight
-
-    def to_reward(self):
-        """Put a new head of one number, which starts at 0, in the place of the one for the vocabulary."""
-        self.config.reward = True
-        self.lm_head = nn.Linear(self.config.n_embd, 1, bias=False, device=self.lm_head.weight.device)
-        nn.init.zeros_(self.lm_head.weight)
 
     def crop_block_size(self, block_size):
         """Shorten the context: a network trained on 1,024 positions works on its first 256."""

@@ -239,7 +239,7 @@ if run.master and not eval_only:
     check_disk(out_dir, sum(x.numel() * x.element_size() for x in (*opt.params, *(x for state in opt.state for x in state.values()))), keep_last)
     introduce(out_dir, run_id=run_id, launch=launch, config=config)
 
-network = compile_or_not(model, micro_rows, block_size, run) if compile and not eval_only else model  # computes the losses that are differentiated
+network = compile_or_not(model, micro_rows, block_size, run, bool(data.kind)) if compile and not eval_only else model  # computes the losses that are differentiated
 if run.ddp and not run.sharded:
     network = DDP(network, device_ids=[run.device] if run.device_type == 'cuda' else None)  # and averages gradients over the processes
 params = list(model.parameters())

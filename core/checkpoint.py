@@ -148,10 +148,25 @@ def fit_vocabulary(model, source, data, origin):
             sys.exit(f'dataset={data.folder} is cut into tokens by another tokenizer than the text that {origin} was trained on; prepare it with that one')
         known = min(known, theirs.vocab_size)
     if data.kind and data.vocab_size > known:
-        model.add_tokens(known, rows_for(data.vocab_size))
+        add_tokens(model, known, rows_for(data.vocab_size))
     eot_on_top = ours is not None and ours.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
     if data.vocab_size - eot_on_top > model.config.vocab_size:
         sys.exit(f'dataset={data.folder} has {data.vocab_size:,} token ids and {origin} only {model.config.vocab_size:,}; they need the same tokenizer')
+
+
+def add_tokens(model, known, vocab_size):
+    """
+    Room for a vocabulary of vocab_size rows: those beyond the `known` first ones start as the mean of these
+    (Hewitt 2021: https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    """
+    for module in {model.transformer.wte, model.lm_head}:
+        old = module.weight.detach()
+        new = old[:known].mean(dim=0).repeat(max(vocab_size, len(old)), 1)
+        new[:known] = old[:known]
+        module.weight = torch.nn.Parameter(new)
+    model.config.vocab_size = len(new)
+    if model.config.tied:
+        model.transformer.wte.weight = model.lm_head.weight
 
 
 def load_reference(path, data, run):

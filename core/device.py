@@ -197,9 +197,9 @@ def leave(run, status):
     sys.exit(status)
 
 
-def compile_or_not(model, rows, T, run):
-    """torch.compile, tried out on one batch (rows, T); the model itself, with one warning, where that does not work (no C++ compiler, no Triton)
-    or computes nonsense."""
+def compile_or_not(model, rows, T, run, packed=False):
+    """torch.compile, tried out on one batch (rows, T), packed of documents or not; the model itself, with one warning, where that does not work
+    (no C++ compiler, no Triton) or computes nonsense."""
     if run.device_type == 'cpu' and run.dtype == 'bfloat16' and model.config.rope_theta and model.config.head_size % 64 == 0:
         print('warning: not compiled: for RoPE on heads of 64 or 128 channels in bfloat16 on a CPU, torch.compile computes wrong gradients (seen with '
               'PyTorch 2.13); heads of 32 or 96 are fine (--head_size=32)')
@@ -209,7 +209,7 @@ def compile_or_not(model, rows, T, run):
         compiled = torch.compile(model)
         row = torch.arange(rows * (T + 1), device=run.device).view(rows, T + 1) % model.config.vocab_size
         with run.ctx():
-            compiled(row[:, :-1], row[:, 1:]).mean().backward()  # laid out like a batch: for other strides it would be compiled once more
+            compiled(row[:, :-1], row[:, 1:], *[torch.zeros_like(row[:, 1:])] * packed).mean().backward()  # laid out like a batch: for other strides it would be compiled once more
         if not all(p.grad.isfinite().all() for p in model.parameters()):
             raise ArithmeticError('its gradients are not finite')
         return compiled

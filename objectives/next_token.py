@@ -117,7 +117,7 @@ def load(data, split, starts, block_size, context=None):
     at = np.minimum(starts[:, None] + np.arange(block_size), begins[-1] - 1)  # (rows, T)
     document = np.searchsorted(begins, at, side='right')  # which one each token is in, and where that ends in `begins`
     whole = (begins[document] <= starts[:, None] + block_size + 1) | (document == document[:, :1])  # those cut off begin the next row, and count there
-    return X, Y.masked_fill(torch.from_numpy(~whole), -1), *[torch.from_numpy(document)] * (not see_across)
+    return X, Y.masked_fill_(torch.from_numpy(~whole), -1), *[torch.from_numpy(document)] * (not see_across)
 
 
 def divisor(batch):

@@ -15,10 +15,12 @@ MEASURES = ('loss', 'accuracy', 'margin')
 
 
 def start(model, data, run, config, saved):
-    """A base model gets its new head, a reward model keeps what it has."""
+    """A base model gets a new head, which starts at 0, in the place of that for the vocabulary; a reward model keeps what it has."""
     check_pairs(data, config)
     if not model.config.reward:
-        model.to_reward()
+        model.config.reward = True
+        model.lm_head = torch.nn.Linear(model.config.n_embd, 1, bias=False, device=model.lm_head.weight.device)
+        torch.nn.init.zeros_(model.lm_head.weight)
 
 
 def check_pairs(data, config):

@@ -67,16 +67,19 @@ def test_state_dict_has_nanogpts_names():
                      *(f'transformer.h.{i}.{part}' for i in range(3) for part in block)}
 
 
+@pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('T', [5, 64, 512, 700])  # one block, two, and three, of which the weights are computed twice
-def test_plain_attention_equals_the_fused_kernel(T):
-    """Values and gradients of the bf16 path on CPUs against fp32."""
+def test_plain_attention_equals_the_fused_kernel(T, masked):
+    """Values and gradients of the bf16 path on CPUs against fp32; of rows of several documents each, too."""
     torch.manual_seed(3)
     wide = [torch.randn(2, 3, T, 16, requires_grad=True) for _ in range(3)]
     narrow = [x.detach().bfloat16().requires_grad_() for x in wide]
     g = torch.randn(2, 3, T, 16)
-    y = F.scaled_dot_product_attention(*wide, is_causal=True)
+    document = (torch.rand(3, T) < 0.05).cumsum(dim=1)
+    mask = (document[:, :, None] == document[:, None]).tril() if masked else None  # (B, T, T)
+    y = F.scaled_dot_product_attention(*wide, mask, is_causal=not masked)
     y.backward(g)
-    z = attention(*narrow)
+    z = attention(*narrow, mask=mask[:, None] if masked else None, plain=True)
     z.backward(g.bfloat16())
     for a, b in zip((y, *(x.grad for x in wide)), (z, *(x.grad for x in narrow))):
         assert (a - b.float()).norm() / a.norm() < 1e-2

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY, TINY_LOADED, exit_line, losses_of, make_dataset
 from torch.nn import functional as F
 
 from core.chat import chat_tokenizer, end_of_turn, render
+from core.checkpoint import add_tokens
 from core.conversations import divide, prompt_of, read, write_folders
 from core.tokenizer import char_tokenizer
 from core.tokens import documents, open_dataset, shuffled
@@ -182,7 +183,7 @@ def test_bad_records(tmp_path, record, says):
 def test_new_tokens_start_as_the_mean(tied):
     model = tiny(tied=tied)
     before, idx = copy.deepcopy(model), torch.arange(20)[None]
-    model.add_tokens(30, 64)
+    add_tokens(model, 30, 64)
     for new, old in ((model.transformer.wte, before.transformer.wte), (model.lm_head, before.lm_head)):
         torch.testing.assert_close(new.weight[:30], old.weight[:30])
         torch.testing.assert_close(new.weight[30:], old.weight[:30].mean(dim=0).expand(34, -1))
@@ -194,7 +195,7 @@ def test_new_tokens_start_as_the_mean(tied):
 
 def test_reward_loss(folder):
     data, model = open_dataset(str(folder / 'pairs')), tiny()
-    model.to_reward()
+    reward.start(model, data, RUN, {'block_size': 32}, {})
     batch = reward.load(data, 'train', np.arange(5), 32)
     assert reward.loss(model, batch).item() == pytest.approx(5 * math.log(2))  # the head starts at 0
     torch.nn.init.normal_(model.lm_head.weight)
