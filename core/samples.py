@@ -6,6 +6,7 @@ import sys
 import torch
 
 from core.chat import answers, render, text_of
+from core.files import atomic
 
 
 def show_batch(batch, tokenizer):
@@ -34,14 +35,22 @@ def encode_prompts(prompts, data, run):
 
 @torch.no_grad()
 def show_samples(model, data, prompts, max_new_tokens, step, out_dir, run):
-    """Print what the network makes of prompts [(text, ids)], always by the same random numbers, and append it to out_dir/samples.jsonl."""
+    """Print what the network makes of prompts [(text, ids)], always by the same random numbers, and add it to out_dir/samples.jsonl, where what a run wrote in steps that it has lost is dropped."""
     model.eval()
     with run.ctx():
         *_, rows = answers(model, data.tokenizer, [ids[-model.config.block_size:] for _, ids in prompts], max_new_tokens, range(len(prompts)),
                            None if data.kind else -1, temperature=0.8, top_k=200)  # a text goes on and on
     model.train()
-    with open(os.path.join(out_dir, 'samples.jsonl'), 'a' if step else 'w', encoding='utf-8') as f:
-        for (text, _), row in zip(prompts, rows):
-            said = text_of(data.tokenizer, row) if data.kind else data.tokenizer.decode(row)
-            print(f'sample at step {step}: {text}' + '\n' * bool(data.kind) + said, flush=True)
-            f.write(json.dumps({'step': step, 'prompt': text, 'text': said}, ensure_ascii=False) + '\n')
+    path, samples = os.path.join(out_dir, 'samples.jsonl'), []
+    if step and os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            samples = [sample for sample in map(json.loads, f) if sample['step'] < step]
+    for (text, _), row in zip(prompts, rows):
+        said = text_of(data.tokenizer, row) if data.kind else data.tokenizer.decode(row)
+        print(f'sample at step {step}: {text}' + '\n' * bool(data.kind) + said, flush=True)
+        samples.append({'step': step, 'prompt': text, 'text': said})
+    try:
+        with atomic(path, 'w') as f:
+            f.writelines(json.dumps(sample, ensure_ascii=False) + '\n' for sample in samples)
+    except OSError as error:
+        sys.exit(f'{path}: cannot be written: {error.strerror}')

@@ -324,8 +324,9 @@ def test_learning_from_a_rule_and_from_a_reward_model(base, folder, tmp_path):
     assert result.code == 0 and losses_of(tmp_path / 'reward', 'val_accuracy')[-1][1] > 0.9, result.err
     result = run_script(*stage(base, folder, 'grpo', '--max_iters=1', f'--reward={tmp_path / "reward"}', f'--out_dir={tmp_path / "grpo"}'))
     assert result.code == 0, result.err
-    result = run_script('sample.py', f'--out_dir={tmp_path / "reward"}', '--start=a', '--device=cpu')
-    assert result.code == 1 and 'reward model' in result.err and result.err.count('\n') == 1
+    for script, *args in (('sample.py', '--start=a'), ('evaluate.py',), ('chat.py', '--prompt=a')):
+        result = run_script(script, f'--out_dir={tmp_path / "reward"}', '--device=cpu', *args)
+        assert result.code == 1 and 'this is a reward model' in result.err and result.err.count('\n') == 1, script
 
 
 def test_samples_and_a_batch_are_shown(base, folder, tmp_path):
@@ -334,6 +335,10 @@ def test_samples_and_a_batch_are_shown(base, folder, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / 'samples.jsonl').read_text(encoding='utf-8').splitlines()]
     assert [(line['step'], line['prompt']) for line in lines] == [(step, prompt) for step in (0, 2, 4) for prompt in ('aa', 'b')]
     assert result.out.count('sample at step 2: ') == 2 and re.search(r'<\|im_start\|>user\n[ab]+<\|im_end\|>\n<\|im_start\|>assistant\n⟦[a-z]+<\|im_end\|>\n⟧', result.out)
+    result = run_script(*stage(base, folder, 'sft', '--sample_interval=2', '--sample_prompts=aa|b', '--sample_tokens=5', f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=6'))
+    assert result.code == 0 and 'sample at step 4' in result.out, result.err
+    again = [json.loads(line) for line in (tmp_path / 'samples.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert again[:len(lines)] == lines and [line['step'] for line in again[len(lines):]] == [6, 6]  # what step 4 wrote stands there once
     assert 'Z' in run_script(*stage(base, folder, 'sft', '--sample_interval=2', '--sample_prompts=Z', f'--out_dir={tmp_path}')).err
 
 
