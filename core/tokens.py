@@ -179,25 +179,35 @@ def windows(data, split, starts, block_size):
 
 
 def documents(data, split, numbers, block_size):
+    """Whole documents of a split, by their numbers (n,), packed: tokens, targets, of which -1 count not, and which one of the n each token belongs to, n for padding; (rows, T) int64 each."""
+    texts = []
+    for number in numbers:
+        tokens, counts = read_tokens(data, split, np.arange(*data.starts[split][number:number + 2]))
+        texts.append((torch.from_numpy(tokens), torch.from_numpy(np.append(np.where(counts, tokens, -1)[1:], -1))))
+    return pack(texts, block_size)
+
+
+def pack(texts, block_size):
     """
-    Whole documents of a split, by their numbers (n,), the longest first into the first row that has room: tokens, targets, of which -1 count not, and which one of
-    the n each token belongs to, n for padding; (rows, T) int64 each, T at most block_size.
+    Several texts in a row, the longest first into the first row that has room. Each of the n is a tuple of tensors (length,): tokens, targets and what else there
+    is about its tokens. Returns these for all texts, filled up with 0, targets with -1, and which one of the n each token belongs to, n for padding; (rows, T)
+    each, T at most block_size.
     """
-    starts = data.starts[split]
-    lengths, used, places = starts[numbers + 1] - starts[numbers], [], {}
-    for i in np.argsort(-lengths, kind='stable').tolist():
-        row = next((row for row, length in enumerate(used) if length + lengths[i] <= block_size), len(used))
+    used, places = [], {}
+    for i in sorted(range(len(texts)), key=lambda i: -len(texts[i][0])):
+        length = len(texts[i][0])
+        row = next((row for row, taken in enumerate(used) if taken + length <= block_size), len(used))
         used += [0] * (row == len(used))
-        places[i] = row, used[row]
-        used[row] += int(lengths[i])
+        places[i] = row, slice(used[row], used[row] + length)
+        used[row] += length
     shape = len(used), max(used)
-    X, Y, document = np.zeros(shape, np.int64), np.full(shape, -1), np.full(shape, len(numbers))
-    for i, (row, at) in places.items():
-        tokens, counts = read_tokens(data, split, np.arange(starts[numbers[i]], starts[numbers[i] + 1]))
-        X[row, at:at + len(tokens)] = tokens
-        Y[row, at:at + len(tokens) - 1] = np.where(counts, tokens, -1)[1:]
-        document[row, at:at + len(tokens)] = i
-    return tuple(map(torch.from_numpy, (X, Y, document)))
+    packed = [torch.full(shape, -1 if kind == 1 else 0, dtype=part.dtype) for kind, part in enumerate(texts[0])]
+    document = torch.full(shape, len(texts))
+    for i, place in places.items():
+        document[place] = i
+        for whole, part in zip(packed, texts[i]):
+            whole[place] = part
+    return *packed, document
 
 
 def shuffled(count, rows, seed, step):

@@ -11,13 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from core.chat import answers, end_of_turn, text_of
 from core.checkpoint import check_writes, load_reference
 from core.device import gather
 from core.files import find
-from core.tokens import shuffled
+from core.tokens import pack, shuffled
 from objectives import reward as reward_model
 
 group_size = 8  # answers to each prompt; a row of the batch is a prompt
@@ -45,11 +44,11 @@ def start(model, data, run, config, saved):
             sys.exit(f'{key}={config[key]}: expected at least {least}')
     check_writes(model, config['init_from'])
     path = reference or saved.get('reference') or config['init_from']
-    return SimpleNamespace(path=path, policy=model, model=load_reference(path, data, run), judge=make_judge(data, run), data=data, run=run, seed=config['seed'],
-                           kept=saved.get('kept', {}))
+    return SimpleNamespace(path=path, policy=model, model=load_reference(path, data, run), judge=make_judge(data, run, config['block_size']), data=data, run=run,
+                           seed=config['seed'], kept=saved.get('kept', {}))
 
 
-def make_judge(data, run):
+def make_judge(data, run, block_size):
     """A function (prompts, answers, finished) -> rewards, each a list: by a reward model, or by a function of the user's."""
     path, colon, name = reward.rpartition(':')
     if not reward:
@@ -76,9 +75,9 @@ def make_judge(data, run):
 
     @torch.no_grad()
     def judge_by_model(prompts, rows, finished):
-        X, Y = side_by_side(prompts, rows, run)
+        batch = pack(with_targets(prompts, rows), block_size)
         with run.ctx():
-            return reward_model.rewards(model, X, Y, torch.arange(len(X), device=X.device)[:, None].expand_as(X)).tolist()
+            return reward_model.rewards(model, *(x.to(run.device) for x in batch)).tolist()
     return judge_by_model
 
 
@@ -100,14 +99,9 @@ def fixed(data, split, rows, block_size):
     return np.stack([numbers, -1 - np.arange(len(numbers))], axis=1)
 
 
-def side_by_side(prompts, rows, run):
-    """Tokens and targets (rows, T) of prompts with their answers; the targets are -1 where they are no answer."""
-    T = -(-max(len(prompt) + len(row) for prompt, row in zip(prompts, rows)) // 32) * 32
-    whole, targets = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -1)
-    for i, (prompt, row) in enumerate(zip(prompts, rows)):
-        whole[i, :len(prompt) + len(row)] = [*prompt, *row]
-        targets[i, len(prompt) - 1:len(prompt) + len(row) - 1] = row
-    return torch.from_numpy(whole).to(run.device), torch.from_numpy(targets).to(run.device)
+def with_targets(prompts, rows):
+    """Prompts with their answers, as tokens and targets (length,) each; the targets are -1 where they are no answer."""
+    return [(torch.tensor([*prompt, *row]), torch.tensor([-1] * (len(prompt) - 1) + row + [-1])) for prompt, row in zip(prompts, rows)]
 
 
 def advantages(rewards):
@@ -116,42 +110,45 @@ def advantages(rewards):
 
 
 @torch.no_grad()
-def respond(context, split, numbers, copies):
-    """Answers to prompts (rows, 2), `copies` each, judged: tokens and targets (rows * copies, T), their log-probabilities then and by the reference, rewards (rows * copies,), finished."""
+def respond(context, split, numbers, copies, block_size):
+    """
+    Answers to prompts (rows, 2), `copies` each: of each answer its tokens, with the prompt, targets, and the log-probabilities of these by the model and by the
+    reference, (length,) each; of all the rewards and whether they ended by themselves, (rows * copies,).
+    """
     data, run, model = context.data, context.run, context.policy
     starts, tokens = data.starts[split], np.memmap(data.files[split][0][0], dtype=data.dtype, mode='r')
-    prompts = [np.asarray(tokens[starts[number]:starts[number + 1]]).astype(np.int64) for number, _ in numbers for _ in range(copies)]
+    prompts = [tokens[starts[number]:starts[number + 1]].tolist() for number, _ in numbers for _ in range(copies)]
     seeds = [[context.seed, abs(serial), int(serial < 0), copy] for _, serial in numbers.tolist() for copy in range(copies)]
     was_training = model.training
     model.eval()
     with run.ctx():
         *_, rows = answers(model, data.tokenizer, prompts, max_new_tokens, seeds, temperature=temperature)
-        X, Y = side_by_side(prompts, rows, run)
-        old, theirs = (-network(X, Y) for network in (model, context.model))  # (rows * copies, T)
+        texts = with_targets(prompts, rows)
+        batch = pack(texts, block_size)
+        ours, theirs = (-network(*(x.to(run.device) for x in batch)).cpu() for network in (model, context.model))  # (rows, T)
     model.train(was_training)
     finished = [row[-1] == end_of_turn(data.tokenizer) for row in rows]
     rewards = context.judge(prompts, rows, finished)
     if not all(map(math.isfinite, rewards)):
         sys.exit(f'reward={reward}: a reward is {next(r for r in rewards if not math.isfinite(r))}, of {text_of(data.tokenizer, rows[[*map(math.isfinite, rewards)].index(False)])[:60]!r}')
-    return X, Y, old, theirs, torch.tensor(rewards), torch.tensor(finished)
+    return [(*text, ours[batch[2] == i], theirs[batch[2] == i]) for i, text in enumerate(texts)], torch.tensor(rewards), torch.tensor(finished)
 
 
 def load(data, split, numbers, block_size, context):
     """
-    In training: tokens and targets of answers (rows * group_size, T), their log-probabilities when they were drawn and by the reference (likewise), and
-    advantages (rows * group_size, 1). In evaluation one answer to each prompt, and in the place of the advantages its reward and whether it ended.
+    Answers, packed: tokens, targets, the log-probabilities of these when they were drawn and by the reference, in training also how much better each is than its
+    group, and which answer a token belongs to; (rows, T) each. In evaluation, where each prompt gets one answer, their rewards and whether they ended follow, (answers,).
     """
     serials, kept = numbers[:, 1].tolist(), context.kept
     if serials[0] < 0:
-        return respond(context, split, numbers, 1)
+        texts, rewards, finished = respond(context, split, numbers, 1, block_size)
+        return *pack(texts, block_size), rewards, finished
     if not all(serial in kept for serial in serials):
-        *tensors, rewards, _ = respond(context, split, numbers, group_size)
-        tensors = [x.cpu().view(len(numbers), group_size, -1) for x in (*tensors, advantages(rewards.view(-1, group_size)))]
-        kept.update((serial, [updates, *(x[i] for x in tensors)]) for i, serial in enumerate(serials))
-    batch = []
-    for parts, padding in zip(zip(*(kept[serial][1:] for serial in serials)), (0, -1, 0, 0, 0)):
-        T = max(x.size(1) for x in parts)
-        batch.append(torch.cat([F.pad(x, (0, T - x.size(1)), value=padding) for x in parts]))  # (rows * group_size, T)
+        texts, rewards, _ = respond(context, split, numbers, group_size, block_size)
+        better = advantages(rewards.view(-1, group_size)).flatten().tolist()
+        texts = [(*text, torch.full(text[0].shape, advantage)) for text, advantage in zip(texts, better)]
+        kept.update((serial, [updates, texts[i * group_size:(i + 1) * group_size]]) for i, serial in enumerate(serials))
+    batch = pack([text for serial in serials for text in kept[serial][1]], block_size)
     for serial in serials:
         kept[serial][0] -= 1
         if kept[serial][0] == 0:
@@ -171,8 +168,8 @@ def surrogate(logps, old, theirs, advantage):
 
 
 def loss(model, batch):
-    X, Y, old, theirs, advantage = batch
-    return (surrogate(-model(X, Y), old, theirs, advantage) * (Y != -1)).sum()
+    X, Y, old, theirs, advantage, document = batch
+    return (surrogate(-model(X, Y, document), old, theirs, advantage) * (Y != -1)).sum()
 
 
 def measure(model, batch, data, context):
@@ -180,8 +177,12 @@ def measure(model, batch, data, context):
     Sum and divisor of each of MEASURES, (5, 2), of the model's own answers: the loss, which is the divergence's price less the reward; the reward; the divergence from
     the reference in nats per token; the answer's length in tokens; the share of answers that ended by themselves.
     """
-    _, Y, ours, theirs, rewards, finished = (x.double().cpu() for x in batch)
-    count, told = len(Y), Y != -1
-    length = told.sum(dim=1)  # at least 1
-    kl = (((ours - theirs) * told).sum(dim=1) / length).sum()  # of each answer its mean, so that it does not matter which are in one batch
-    return torch.tensor([[kl_coef * kl - rewards.sum(), count], [rewards.sum(), count], [kl, count], [length.sum(), count], [finished.sum(), count]])
+    _, Y, ours, theirs, document, rewards, finished = (x.cpu() for x in batch)
+    count, told = len(rewards), Y != -1
+
+    def of_each(x):
+        return torch.zeros(count + 1, dtype=torch.float64).index_add(0, document.flatten(), x.double().flatten())[:count]
+    length = of_each(told)  # at least 1
+    kl = (of_each((ours - theirs) * told) / length).sum()  # of each answer its mean, so that it does not matter which are in one batch
+    numbers = [kl_coef * kl - rewards.sum(), rewards.sum(), kl, length.sum(), finished.sum()]
+    return torch.tensor([[number, count] for number in numbers], dtype=torch.float64)

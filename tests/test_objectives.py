@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from conftest import ROOT, TINY, TINY_LOADED, exit_line, losses_of, make_dataset, run_script, write
 from torch.nn import functional as F
 
-from core.chat import chat_tokenizer, end_of_turn, render
+from core.chat import chat_tokenizer, end_of_turn, render, text_of
 from core.checkpoint import add_tokens
 from core.conversations import divide, prompt_of, read, write_folders
 from core.tokenizer import char_tokenizer
@@ -24,7 +25,7 @@ from model import GPT, GPTConfig
 from objectives import dpo, grpo, next_token, reward
 
 LETTERS = char_tokenizer('\n abcdefghijklmnopqrstuvwxyz')
-RUN = SimpleNamespace(device='cpu', device_type='cpu', ddp=False, rank=0, world_size=1, sharded=False, master=True, ctx=torch.autograd.set_grad_enabled.__class__)
+RUN = SimpleNamespace(device='cpu', device_type='cpu', ddp=False, rank=0, world_size=1, sharded=False, master=True, ctx=nullcontext)
 
 
 def spell(n):
@@ -273,6 +274,36 @@ def test_surrogate(monkeypatch):
     kl = grpo.surrogate(old, old, theirs, torch.zeros(4, 1)) / 0.5
     assert (kl >= 0).all()
     torch.testing.assert_close(kl, torch.exp(theirs - old) - (theirs - old) - 1)
+
+
+
+def test_rollouts(base, folder, monkeypatch):
+    """Packed answers have the log-probabilities that each alone has; rewards by the function, advantages by group; the second step of the same answers gets the same."""
+    for key, value in {'group_size': 5, 'updates': 2, 'max_new_tokens': 8, 'reward': f'{base / "rewards.py"}:long', 'reference': str(base / 'sft')}.items():
+        monkeypatch.setattr(grpo, key, value)
+    data, model = open_dataset(str(folder / 'prompts')), tiny(vocab_size=open_dataset(str(folder / 'sft')).vocab_size)
+    config = {'dataset': 'prompts', 'init_from': str(base / 'sft'), 'block_size': 32, 'seed': 1, 'kl_coef': 0.04, 'clip': 0.2, 'temperature': 1.0, 'group_size': 5, 'updates': 2, 'max_new_tokens': 8}
+    context = grpo.start(model, data, RUN, config, {})
+    numbers = grpo.draw(data, 4, 32, 1, 0)
+    X, Y, old, theirs, advantage, document = batch = grpo.load(data, 'train', numbers, 32, context)
+    assert (old == 0)[Y == -1].all() and X.size(1) <= 32 and len(X) < 20 == document[Y != -1].max() + 1
+    better = torch.zeros(20)
+    for i in range(20):
+        place, prompt = document == i, np.fromfile(folder / 'prompts' / 'train.bin', '<u2')[slice(*data.starts['train'][numbers[i // 5, 0]:][:2])]
+        ids, targets = X[place], Y[place]
+        assert ids[:len(prompt)].tolist() == prompt.tolist() and targets[len(prompt) - 1:-1].tolist() == ids[len(prompt):].tolist() and targets[-1] == -1
+        with torch.no_grad():
+            for network, logps in ((model, old), (context.model, theirs)):
+                told = torch.log_softmax(network(ids[None])[0], dim=-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+                torch.testing.assert_close(logps[place], torch.where(targets == -1, 0.0, told), atol=1e-5, rtol=1e-5)
+        better[i] = advantage[place][0]
+        assert (advantage[place] == better[i]).all()
+    told = [Y[(document == i) & (Y != -1)].tolist() for i in range(20)]
+    rewards = torch.tensor([float(len(text_of(data.tokenizer, ids)) - 2 * (ids[-1] == end_of_turn(data.tokenizer))) for ids in told])
+    torch.testing.assert_close(better, grpo.advantages(rewards.view(4, 5)).flatten(), atol=1e-5, rtol=1e-5)
+    assert len(context.kept) == 4
+    again = grpo.load(data, 'train', grpo.draw(data, 4, 32, 1, 1), 32, context)
+    assert all(torch.equal(one, two) for one, two in zip(batch, again)) and not context.kept
 
 # ----------------------------------------------------------------------------- through train.py
 
