@@ -302,14 +302,16 @@ elif what == 'laptop':
     print_ratios('from the first step on', loops['StoneGPT'], loops['nanoGPT'])
 elif what == 'attention':
     setup('cpu', training=True)
-    print('B x nh x T x hs        dtype     dropout   fused ms   plain ms   (forward and backward)')
+    print('B x nh x T x hs        dtype     dropout   fused ms   plain ms   of packed rows: fused ms   plain ms   (forward and backward)')
     for B, nh, T, hs in ((12, 4, 64, 32), (16, 4, 128, 40), (8, 4, 256, 32), (64, 6, 256, 64), (4, 12, 512, 64), (1, 12, 1024, 64)):
+        document = torch.arange(T) // (T // 4)
+        packed = (document[:, None] == document).tril().expand(B, 1, T, T)
         for dtype, dropout in ((torch.float32, 0.0), (torch.float32, 0.2), (torch.bfloat16, 0.0), (torch.bfloat16, 0.2)):
             x = torch.randn(3, nh, B, T, hs, dtype=dtype, requires_grad=True)  # laid out as the network lays it out
             gradient = torch.randn(nh, B, T, hs, dtype=dtype)
-            fused, plain = (median_ms(lambda: attention(*x, dropout, plain).backward(gradient), 10 * runs if T < 256 else 2 * runs)
-                            for plain in (False, True))
-            print(f'{f"{B} x {nh} x {T} x {hs}":22} {str(dtype)[6:]:10} {dropout:6} {fused:10.2f} {plain:10.2f}', flush=True)
+            times = [median_ms(lambda: attention(*x, dropout, plain, mask).backward(gradient), 10 * runs if T < 256 else 2 * runs)
+                     for mask in (None, packed) for plain in (False, True)]
+            print(f'{f"{B} x {nh} x {T} x {hs}":22} {str(dtype)[6:]:10} {dropout:6} {times[0]:10.2f} {times[1]:10.2f} {times[2]:26.2f} {times[3]:10.2f}', flush=True)
 elif what == 'batch':
     data = open_dataset('shakespeare_char')
     print(f'a batch of 12 x 64: {median_ms(lambda: next_token.load(data, "train", next_token.draw(data, 12, 64, 1337, 0), 64), 1000):.3f} ms')

@@ -10,16 +10,16 @@ sample_prompts = '春夜喜雨'
 
 objective = 'dpo'
 reference = 'out-poems-sft/best.pt'
-beta = 0.2
+beta = 0.3
 label_smoothing = 0.1  # all pairs differ in the same clear way: without it the margin grows without bound, and the verse falls apart (docs/LOG.md)
 dataset = 'tang_poems/pairs'
 gradient_accumulation_steps = 1
 batch_size = 32  # pairs
 block_size = 256
 
-learning_rate = 3e-5
+learning_rate = 5e-5
 min_lr = 0.0
-max_iters = 100  # two thirds of the pairs, once
+max_iters = 150  # all pairs, once
 lr_decay_iters = -1
 warmup_iters = 15
 weight_decay = 0.0  # the reference is what to stay close to, not 0
