@@ -127,8 +127,11 @@ def rated(ids, kept, number):
             print('(not rated, and the message is forgotten)')
             return None
     chosen, rejected = both if better == '1' else both[::-1]
-    with open(rate, 'a', encoding='utf-8', newline='\n') as f:  # whole lines only: what has been rated stays
-        f.write(json.dumps({'messages': kept, 'chosen': chosen, 'rejected': rejected}, ensure_ascii=False) + '\n')
+    try:
+        with open(rate, 'a', encoding='utf-8', newline='\n') as f:  # whole lines only: what has been rated stays
+            f.write(json.dumps({'messages': kept, 'chosen': chosen, 'rejected': rejected}, ensure_ascii=False) + '\n')
+    except OSError as error:
+        sys.exit(f'rate={rate}: {error}; this pair is not kept')
     return chosen
 
 

@@ -24,7 +24,7 @@ from core.files import find
 from core.quantize import convert
 from core.scoring import harness, multiple_choice, read_choices
 from core.tokenizer import load_tokenizer
-from core.tokens import open_dataset, windows
+from core.tokens import open_dataset
 from objectives import next_token
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ runs = [setup(device, name) for name in dtype.split(',')]
 
 def open_text(data, tokens):
     """
-    What there is to read: its name, a function that gives X, Y (rows, T) from some places of it on, where its texts begin and end, [(begin, end), ...],
+    What there is to read: its name, a function that gives X, Y (rows, T), and of conversations which one a token is in, from some places of it on, where its texts begin and end, [(begin, end), ...],
     and what measure() wants to know. Ends the script with one line where there is nothing.
     """
     path = find(data)
@@ -71,7 +71,9 @@ def open_text(data, tokens):
             sys.exit(re.sub('^dataset=', 'data=', str(error)))
         if found.tokenizer and found.tokenizer.json != tokens.json and found.tokenizer.pieces != tokens.pieces:
             sys.exit(f'data={data}: its tokens are those of another tokenizer; prepare it with that of the model, or give a text file')
-        return f'{found.folder}, {split}', lambda at, T: windows(found, split, at, T), list(zip([0, *found.ends[split]], found.ends[split])), found
+        if found.kind not in ('', 'conversations'):
+            sys.exit(f'data={data}: this dataset has {found.kind}; evaluate.py reads texts and conversations, and train.py --eval_only=True has the measures of the others')
+        return f'{found.folder}, {split}', lambda at, T: next_token.load(found, split, at, T), list(zip([0, *found.ends[split]], found.ends[split])), found
     try:
         with open(path, encoding='utf-8-sig') as f:
             ids = tokens.encode(f.read())
@@ -84,7 +86,7 @@ def open_text(data, tokens):
         at = at[:, None] + np.arange(T + 1)
         rows = ids[np.minimum(at, len(ids) - 1)]  # (rows, T + 1)
         return torch.from_numpy(rows[:, :-1]), torch.from_numpy(np.where(at < len(ids), rows, -1)[:, 1:])
-    return data, take, [(0, len(ids))], SimpleNamespace(token_bytes=torch.from_numpy(tokens.token_bytes()), token_chars=torch.from_numpy(tokens.token_chars()))
+    return data, take, [(0, len(ids))], SimpleNamespace(kind='', token_bytes=torch.from_numpy(tokens.token_bytes()), token_chars=torch.from_numpy(tokens.token_chars()))
 
 
 def losses(model, tokens, run):
@@ -93,8 +95,8 @@ def losses(model, tokens, run):
     if T > config.block_size or stride > T:
         sys.exit(f'block_size={T}, stride={stride or T}: expected windows of at most {config.block_size} tokens, the context of this network, and a stride of at most one window')
     name, take, parts, known = open_text(data, tokens)
-    step, places = stride or T, []
-    for begin, end in parts:
+    step, places = stride or T, [(at, at) for at in next_token.fixed(known, split, -1, T)] if known.kind else []
+    for begin, end in parts if not known.kind else ():
         if begin < end <= begin + T:
             sys.exit(f'{name}: {end - begin:,} tokens, and a window has {T:,} and one to predict; give more text' + f', or a window that fits: --block_size={end - begin - 1}' * (end - begin > 1))
         places += [(at, at if at == begin else at + T - step) for at in range(begin, max(begin, end - 1 - T + step), step)]  # where a row begins, and what counts
@@ -104,9 +106,9 @@ def losses(model, tokens, run):
     with torch.no_grad():
         for i in tqdm(range(0, len(places), batch_size), disable=None, leave=False):
             at, counted = np.array(places[i:i + batch_size]).T  # (rows,) each
-            X, Y = take(at, T)
+            X, Y, *document = take(at, T)
             Y[torch.arange(T) < torch.from_numpy(counted - at)[:, None]] = -1
-            total += next_token.measure(model, (X.to(run.device), Y.to(run.device)), known).double().cpu()
+            total += next_token.measure(model, [x.to(run.device) for x in (X, Y, *document)], known).double().cpu()
     (nats, count), (bits, size), (_, characters) = total.tolist()
     loss = nats / count
     print(f'{name}: {count:,.0f} tokens, {size:,.0f} bytes, {characters:,.0f} characters; windows of {T:,}, every {step:,}, in {time.perf_counter() - started:.1f} s')

@@ -311,7 +311,7 @@ class TokenLosses(torch.autograd.Function):
             if len(part) < len(x):
                 del gradient  # before the next part's is computed
         ctx.save_for_backward(x, weight, targets, *([gradient] if len(losses) == 1 else []))
-        return torch.cat(losses).masked_fill_(targets < 0, 0.0)
+        return torch.cat(losses).masked_fill(targets < 0, 0.0)  # in place the compiler of PyTorch 2.11 would lose all gradients
 
     @staticmethod
     def backward(ctx, factors):

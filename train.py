@@ -46,7 +46,7 @@ init_from = 'scratch'  # 'scratch', 'resume' (the run in out_dir), 'auto' (resum
 seed = 1337  # of the weights, the batches and dropout
 # samples, printed and kept in out_dir/samples.jsonl
 sample_interval = 0  # write something every so many steps, and show what is learned from; 0: never
-sample_prompts = '\n'  # texts to continue, or what a user says to a network that answers; several are separated by |
+sample_prompts = '\n'  # texts to continue, or what a user says to a network that answers ('': the first prompt of the dataset); several are separated by |
 sample_tokens = 100  # length of each at most
 # checkpoints, beside those at evaluations
 save_interval = 0  # a crash loses at most so many steps: one is begun at every half of it; 0: no more than evaluations and save_minutes ask for
@@ -203,7 +203,6 @@ if lr_decay_iters == -1:
 config.update({key: getattr(model.config, key) for key in shape}, learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, lr_decay_iters=lr_decay_iters)  # what is saved is what was used
 if data.shortest <= block_size and not data.kind:
     sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
-prompts = encode_prompts(sample_prompts, data, run) if sample_interval and not eval_only and not model.config.reward else []  # a reward model writes nothing
 fit_vocabulary(model, source, data, origin)
 data_hash = fingerprint(data)
 if checkpoint.get('data', data_hash) != data_hash and not eval_only:
@@ -219,6 +218,7 @@ if path:
     if iter_num >= max_iters and not eval_only:
         print(f'nothing is left to do: {iter_num} steps are done, and max_iters={max_iters}; raise --max_iters to go on')
 context = task.start(model.to('cpu' if run.sharded else run.device), data, run, config, checkpoint.get('objective', {}))
+prompts = encode_prompts(sample_prompts, data, run) if sample_interval and not eval_only and not model.config.reward else []  # a reward model writes nothing
 if not eval_only:
     task.draw(data, total_rows, block_size, seed, iter_num, data_order)  # what cannot be drawn from is refused before anything is written
 model = shard(model, run) if run.sharded else model.to(run.device)
@@ -256,7 +256,7 @@ def evaluate():
     """{'train_loss': ..., 'val_loss': ..., 'train_bpb': ...} on fixed rows, shared out over the processes. Touches no random state."""
     model.eval()
     sums = {}
-    longest = -(-data.splits['val'] // block_size) if data.splits.get('val', 0) > 1 else -1  # rows
+    longest = len(task.fixed(data, 'val', -1, block_size)) if data.splits.get('val', 0) > 1 else -1  # rows, pairs or prompts
     for split, length in data.splits.items():
         if length > 1:  # a folder without validation tokens trains too
             starts = task.fixed(data, split, eval_iters * batch_size if eval_iters > 0 else longest, block_size)
@@ -298,9 +298,11 @@ def state():
 
 
 # --- the loop
-print(f'{run.device} {run.dtype}, {run.world_size} process{"es" * (run.world_size > 1)} x {micro_steps} micro-batches x {micro_rows} rows '
-    f'x {block_size} = {tokens_per_iter:,} tokens per iteration; {data.folder}: {data.splits["train"]:,} tokens'
-    + f', {max_iters:,} steps see them {max_iters * tokens_per_iter / data.splits["train"]:.3g} times' * (not eval_only))
+per_iter, unit = (total_rows, data.kind) if data.kind in ('pairs', 'prompts') else (tokens_per_iter, 'tokens')
+times = max_iters * total_rows / len(task.fixed(data, 'train', -1, block_size)) if data.kind else max_iters * tokens_per_iter / data.splits['train']
+print(f'{run.device} {run.dtype}, {run.world_size} process{"es" * (run.world_size > 1)} x {micro_steps} micro-batches x {micro_rows} '
+      + (unit if unit != 'tokens' else f'rows x {block_size}') + f' = {per_iter:,} {unit} per iteration; {data.folder}: {data.splits["train"]:,} tokens'
+      + f', {max_iters:,} steps see them {times:.3g} times' * (not eval_only))
 if run.device_type == 'cpu':
     warn_if_slow(model.flops_per_token() * tokens_per_iter * (0 if eval_only else max_iters - iter_num), run)
 columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu', *(f'{split}_{name}' for name in task.MEASURES for split in ('train', 'val'))]
@@ -404,5 +406,5 @@ if iter_num > first_iter:
           + f', {skipped} left out' * (skipped > 0)
           + f', {saver.saved} saved (written in {saver.written:.1f}s, for which training waited {saver.waited:.1f}s)' * (saver.saved > 0)
           + f', best validation loss {best_val_loss:.4f}' * math.isfinite(best_val_loss)
-          + f', checkpoints in {out_dir}; now: python sample.py --out_dir={out_dir}')
+          + f', checkpoints in {out_dir}' + f'; now: python {"chat" if data.kind else "sample"}.py --out_dir={out_dir}' * (not model.config.reward))
 leave(run, 130 if caught.signal == signal.SIGINT else 0)

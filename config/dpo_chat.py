@@ -1,15 +1,15 @@
 # Direct preference optimisation on preferences of your own (data/chat/prepare.py).
 
-init_from = 'out-chat/best.pt'
+init_from = 'out-chat'
 out_dir = 'out-chat-dpo'
 eval_interval = 50
 eval_iters = 10
 log_interval = 10
 sample_interval = 50
-sample_prompts = 'Hello!'
+sample_prompts = ''  # the first prompt of the dataset
 
 objective = 'dpo'
-reference = 'out-chat/best.pt'
+reference = 'out-chat'
 beta = 0.1
 dataset = 'chat/pairs'
 gradient_accumulation_steps = 4

@@ -1,15 +1,15 @@
 # Reinforcement learning by a reward model (config/reward_chat.py), or by a function of your own: --reward=rewards.py:name
 
-init_from = 'out-chat/best.pt'
+init_from = 'out-chat'
 out_dir = 'out-chat-grpo'
 eval_interval = 20
 eval_iters = 4
 log_interval = 1
 sample_interval = 20
-sample_prompts = 'Hello!'
+sample_prompts = ''  # the first prompt of the dataset
 
 objective = 'grpo'
-reference = 'out-chat/best.pt'
+reference = 'out-chat'
 reward = 'out-chat-reward'
 group_size = 8
 updates = 2

@@ -1,6 +1,6 @@
 # A reward model from preferences: pairs as chat.py --rate writes them, or any of the usual forms (data/chat/prepare.py).
 
-init_from = 'out-chat/best.pt'
+init_from = 'out-chat'
 out_dir = 'out-chat-reward'
 eval_interval = 50
 eval_iters = -1

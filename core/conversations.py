@@ -33,7 +33,7 @@ def read(path):
             for number, record in lines:
                 try:
                     yield understand(json.loads(record) if isinstance(record, str) else record)
-                except (ValueError, TypeError) as error:  # a JSONDecodeError is one
+                except (ValueError, TypeError, RecursionError) as error:  # a JSONDecodeError is one
                     sys.exit(f'{path}, record {number}: {error}')
     except (OSError, ValueError) as error:
         sys.exit(f'{path}: {error}; expected a .jsonl file, or a .json file with a list')
@@ -67,15 +67,18 @@ def preference(record):
     def answer(side):
         said = record.get(side)
         said = said[-1] if isinstance(said, list) and said else said
-        said = said.get('content') if isinstance(said, dict) else said
+        said = said.get('content') if isinstance(said, dict) and said.get('role', 'assistant') == 'assistant' else said
         if not isinstance(said, str) or not said:
             raise ValueError(f'{side}: expected the text of an answer')
         return said
-    prompt = record.get('messages', record.get('prompt'))
-    if prompt is None and isinstance(record.get('chosen'), list):
-        prompt = record['chosen'][:-1]
+    prompt = record['chosen'][:-1] if isinstance(record.get('chosen'), list) else None
+    prompt = prompt or record.get('messages', record.get('prompt'))
     messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
     check(messages)
+    if messages[-1]['role'] == 'assistant':
+        raise ValueError("the prompt of a preference ends with the assistant's answer; expected it to end with what is answered")
+    if isinstance(record.get('chosen'), list) and isinstance(record.get('rejected'), list) and record['chosen'][:-1] != record['rejected'][:-1]:
+        raise ValueError('chosen and rejected answer different prompts')
     chosen, rejected = answer('chosen'), answer('rejected')
     if chosen == rejected:
         raise ValueError('chosen and rejected are equal, so there is nothing to prefer')
@@ -92,7 +95,7 @@ def write_folders(folder, tokenizer, conversations, preferences, prompts, max_to
     """
     The dataset folders `folder`/sft (conversations), /pairs (preferences) and /prompts, in the tokens of chat_tokenizer(tokenizer); none of what is empty.
     Each argument is {'train': [...], 'val': [...]}, of what read() yields; prompts are messages. What is longer than max_tokens is cut at its end, and
-    left out where nothing of an answer, or the difference between two, remains; a prompt that leaves no room for an answer is left out. All is counted.
+    left out where nothing of an answer, or the difference between two, remains; a prompt that leaves less than a quarter of it for an answer is left out. All is counted.
     """
     tokenizer = chat_tokenizer(tokenizer)
 
@@ -105,13 +108,15 @@ def write_folders(folder, tokenizer, conversations, preferences, prompts, max_to
 
     def prompt(messages):
         return [render(messages, tokenizer, reply=True)]
-    for kind, name, items, documents_of in (('conversations', 'sft', conversations, conversation), ('pairs', 'pairs', preferences, pair), ('prompts', 'prompts', prompts, prompt)):
-        if any(items.values()):
-            write_folder(os.path.join(folder, name), kind, tokenizer, items, documents_of, max_tokens)
+    folders = [build_folder(os.path.join(folder, name), kind, tokenizer, items, documents_of, max_tokens)
+               for kind, name, items, documents_of in (('conversations', 'sft', conversations, conversation), ('pairs', 'pairs', preferences, pair), ('prompts', 'prompts', prompts, prompt))
+               if any(items.values())]
+    for built in folders:  # all or, where one cannot be built, none
+        write_folder(*built)
 
 
-def write_folder(folder, kind, tokenizer, items, documents_of, max_tokens):
-    """One of these folders: documents_of(item) are the documents of an item, each its ids and mask (T,)."""
+def build_folder(folder, kind, tokenizer, items, documents_of, max_tokens):
+    """What write_folder() takes: documents_of(item) are the documents of an item, each its ids and mask (T,)."""
     dtype = np.dtype('<u4' if tokenizer.vocab_size > 2**16 else '<u2')
     meta = {'kind': kind, 'dtype': 'uint32' if dtype.itemsize == 4 else 'uint16', 'vocab_size': tokenizer.vocab_size,
             'tokenizer_sha256': hashlib.sha256(tokenizer.json.encode()).hexdigest(), 'max_tokens': max_tokens, 'longest': 0}
@@ -123,7 +128,7 @@ def write_folder(folder, kind, tokenizer, items, documents_of, max_tokens):
                 bar.update()
                 whole = documents_of(item)
                 documents = [(one[:max_tokens], mask[:max_tokens]) for one, mask in whole]
-                useless = kind == 'prompts' and len(whole[0][0]) >= max_tokens or kind != 'prompts' and not all(mask.any() for _, mask in documents)
+                useless = kind == 'prompts' and len(whole[0][0]) > max_tokens - max_tokens // 4 or kind != 'prompts' and not all(mask.any() for _, mask in documents)
                 if useless or kind == 'pairs' and np.array_equal(documents[0][0], documents[1][0]):
                     counts['left out'] += 1
                     continue
@@ -140,16 +145,22 @@ def write_folder(folder, kind, tokenizer, items, documents_of, max_tokens):
     if not meta['train']['documents']:
         sys.exit(f'{folder}: nothing is left to train on: of {sum(map(len, items.values())):,} {kind} none fits max_tokens={max_tokens}; raise it')
     meta |= counts
-    train = files.pop('train.bin')  # last: should this be cut off, the tokens are not those that meta.json counts, and a reader notices
+    files = {'tokenizer.json': tokenizer.json.encode(), 'meta.json': json.dumps(meta, indent=2).encode(), **files}
+    files['train.bin'] = files.pop('train.bin')  # last: should this be cut off, the tokens are not those that meta.json counts, and a reader notices
+    return folder, files, (', '.join(f'{split} {meta[split]["documents"] // (1 + (kind == "pairs")):,} {kind}, {meta[split]["tokens"]:,} tokens' for split in ('train', 'val'))
+                           + f'; the longest has {meta["longest"]:,}' + ''.join(f'; {number:,} {what} (max_tokens={max_tokens:,})' for what, number in counts.items() if number))
+
+
+def write_folder(folder, files, told):
+    """Write the files {name: bytes} of a dataset folder and say what is in it."""
     try:
         os.makedirs(folder, exist_ok=True)
-        for name, data in {'tokenizer.json': tokenizer.json.encode(), 'meta.json': json.dumps(meta, indent=2).encode(), **files, 'train.bin': train}.items():
+        for name, data in files.items():
             with atomic(os.path.join(folder, name)) as f:
                 f.write(data)
     except OSError as error:
         sys.exit(f'{folder}: cannot write the dataset: {error}')
-    print(f'{folder}: ' + ', '.join(f'{split} {meta[split]["documents"] // (1 + (kind == "pairs")):,} {kind}, {meta[split]["tokens"]:,} tokens' for split in ('train', 'val'))
-          + f'; the longest has {meta["longest"]:,}' + ''.join(f'; {number:,} {what} (max_tokens={max_tokens:,})' for what, number in counts.items() if number))
+    print(f'{folder}: {told}')
 
 
 def divide(items, val_fraction, seed):

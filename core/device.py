@@ -210,8 +210,8 @@ def compile_or_not(model, rows, T, run, packed=False):
         row = torch.arange(rows * (T + 1), device=run.device).view(rows, T + 1) % model.config.vocab_size
         with run.ctx():
             compiled(row[:, :-1], row[:, 1:], *[torch.zeros_like(row[:, 1:])] * packed).mean().backward()  # laid out like a batch: for other strides it would be compiled once more
-        if not all(p.grad.isfinite().all() for p in model.parameters()):
-            raise ArithmeticError('its gradients are not finite')
+        if not all(p.grad.isfinite().all() for p in model.parameters()) or not any(p.grad.any() for p in model.parameters()):
+            raise ArithmeticError('its gradients are not finite, or all 0')
         return compiled
     except torch.OutOfMemoryError:
         raise

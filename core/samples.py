@@ -3,10 +3,12 @@ import json
 import os
 import sys
 
+import numpy as np
 import torch
 
 from core.chat import answers, render, text_of
 from core.files import atomic
+from core.tokens import read_tokens
 
 
 def show_batch(batch, tokenizer):
@@ -22,10 +24,18 @@ def show_batch(batch, tokenizer):
 
 
 def encode_prompts(prompts, data, run):
-    """[(text, ids)] of texts to continue, separated by |; of conversations, of what a user says. Ends the script with one line where they cannot be had."""
+    """
+    [(text, ids)] of texts to continue, separated by |; of conversations, of what a user says, or '' for the first prompt of the dataset. Ends the script with one
+    line where they cannot be had.
+    """
     tokenizer = data.tokenizer
     if tokenizer is None or run.sharded:
         sys.exit('sample_interval: ' + ('a part of the network in each process (parallel=fsdp) writes nothing by itself' if run.sharded else f'{data.folder} has no tokenizer') + '; use --sample_interval=0')
+    if data.kind and not prompts:
+        split = 'val' if data.splits['val'] else 'train'
+        ids, counts = read_tokens(data, split, np.arange(data.starts[split][1]))
+        ids = ids[:counts.argmax()] if counts.any() else ids  # up to where an answer begins
+        return [(tokenizer.decode(ids), ids)]
     texts = prompts.replace('\\n', '\n').split('|')
     for text in texts:
         if tokenizer.unknown(text) or not text:
@@ -44,7 +54,7 @@ def show_samples(model, data, prompts, max_new_tokens, step, out_dir, run):
     path, samples = os.path.join(out_dir, 'samples.jsonl'), []
     if step and os.path.exists(path):
         with open(path, encoding='utf-8') as f:
-            samples = [sample for sample in map(json.loads, f) if sample['step'] < step]
+            samples = [sample for sample in map(json.loads, f) if sample.get('step', step) < step]
     for (text, _), row in zip(prompts, rows):
         said = text_of(data.tokenizer, row) if data.kind else data.tokenizer.decode(row)
         print(f'sample at step {step}: {text}' + '\n' * bool(data.kind) + said, flush=True)

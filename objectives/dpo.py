@@ -2,6 +2,7 @@
 Direct preference optimisation (Rafailov et al. 2023: https://arxiv.org/abs/2305.18290): the log-probability of the chosen answer rises against that of the
 rejected one, each measured from a reference model, by the logistic loss; no reward model, no sampling. An answer's log-probability is the sum over its tokens.
 """
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,8 +26,11 @@ def start(model, data, run, config, saved):
     """The reference model and its log-probabilities of all answers {split: (pairs, 2)}: they never change, so they are computed once and kept with the checkpoints."""
     check_writes(model, config['init_from'])
     reward.check_pairs(data, config)
+    if beta <= 0 or not 0 <= label_smoothing < 0.5:
+        sys.exit(f'beta={beta}, label_smoothing={label_smoothing}: expected beta above 0 and label_smoothing at least 0 and less than 0.5')
     path = reference or saved.get('reference') or config['init_from']
-    context = SimpleNamespace(path=path, model=load_reference(path, data, run), logps=saved.get('logps'))
+    context = SimpleNamespace(path=path, model=load_reference(path, data, run), logps=saved.get('logps') if path == saved.get('reference') else None)
+    check_writes(context.model, path)
     if not context.logps:
         context.logps = {split: reference_logps(context.model, data, split, config, run) for split in data.splits}
     return context

@@ -25,7 +25,7 @@ clip = 0.2  # a token's probability counts up to 1 - clip and 1 + clip times wha
 kl_coef = 0.04  # how dear the divergence from the reference is, in reward per nat and token
 max_new_tokens = 128  # length of an answer at most
 temperature = 1.0  # of the answers in training; at 1 they are drawn as the model has them
-reward = ''  # a reward model (a checkpoint or a run's folder), or a Python function in a file, 'rewards.py:name': name(prompt, answer, finished) -> float
+reward = ''  # a reward model (a checkpoint or a run's folder), or a Python function in a file, 'rewards.py:name', of the prompt (as the template has it), the answer and whether that ended: a number
 reference = ''  # the model to stay near to, a checkpoint or a run's folder; '': that of --init_from
 
 MEASURES = ('loss', 'reward', 'kl', 'length', 'finished')
@@ -44,8 +44,10 @@ def start(model, data, run, config, saved):
             sys.exit(f'{key}={config[key]}: expected at least {least}')
     check_writes(model, config['init_from'])
     path = reference or saved.get('reference') or config['init_from']
-    return SimpleNamespace(path=path, policy=model, model=load_reference(path, data, run), judge=make_judge(data, run, config['block_size']), data=data, run=run,
-                           seed=config['seed'], kept=saved.get('kept', {}))
+    context = SimpleNamespace(path=path, policy=model, model=load_reference(path, data, run), judge=make_judge(data, run, config['block_size']), data=data, run=run,
+                              seed=config['seed'], rows=config['batch_size'] * config['gradient_accumulation_steps'], kept=saved.get('kept', {}))
+    check_writes(context.model, path)
+    return context
 
 
 def make_judge(data, run, block_size):
@@ -58,7 +60,10 @@ def make_judge(data, run, block_size):
             sys.exit(f'reward={reward}: there is no file {path}')
         spec = importlib.util.spec_from_file_location('reward', find(path))
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # it is the user's
+            sys.exit(f'reward={reward}: {path} cannot be read: {type(error).__name__}: {error}')
         function = getattr(module, name, None) or sys.exit(f'reward={reward}: {path} has no {name}')
         tokenizer = data.tokenizer
 
@@ -143,6 +148,8 @@ def load(data, split, numbers, block_size, context):
     if serials[0] < 0:
         texts, rewards, finished = respond(context, split, numbers, 1, block_size)
         return *pack(texts, block_size), rewards, finished
+    for serial in [serial for serial in kept if serial // context.rows < serials[0] // context.rows]:
+        del kept[serial]  # a resumed run's, which other processes have used
     if not all(serial in kept for serial in serials):
         texts, rewards, _ = respond(context, split, numbers, group_size, block_size)
         better = advantages(rewards.view(-1, group_size)).flatten().tolist()

@@ -21,7 +21,7 @@ import torch
 from core.checkpoint import check_writes
 from core.tokens import document_starts, windows
 
-see_across = False  # in a row of several conversations a token sees its own only; True: those before, too, as the documents of a text do, which is faster
+see_across = False  # in a row of several conversations a token sees its own only; True: those before, too, as the documents of a text do
 
 MEASURES = ('loss', 'bpb', 'bpc')
 

@@ -28,7 +28,7 @@ stage() {  # the run's folder and the rest of the command
     if [ ! -e "$folder/weights.pt" ]; then  # which is written at the end of a run
         local go_on=()
         [ ! -e "$folder/ckpt.pt" ] || go_on=(--init_from=resume)
-        "$python" train.py "$@" --out_dir="$folder" "${go_on[@]}"
+        "$python" train.py "$@" --out_dir="$folder" ${go_on[@]+"${go_on[@]}"}
     fi
 }
 
@@ -40,7 +40,7 @@ stage "out-$name-base" config/train_hongloumeng_bbpe.py --dataset="$name-text" -
 stage "out-$name" config/sft_chat.py --init_from="out-$name-base" --dataset="$name/sft" --learning_rate=1e-3 --block_size="$context" "$@"
 if [ -n "$preferences" ]; then
     stage "out-$name-reward" config/reward_chat.py --init_from="out-$name" --dataset="$name/pairs" --learning_rate=3e-4 --block_size="$context" "$@"
-    stage "out-$name-grpo" config/grpo_chat.py --init_from="out-$name" --reference="out-$name" --reward="out-$name-reward" --dataset="$name/prompts" \
+    stage "out-$name-grpo" config/grpo_chat.py --init_from="out-$name" --reference="out-$name" --reward="out-$name-reward" --dataset="$name/prompts" --max_new_tokens=$((context / 4)) \
         --learning_rate=1e-4 --block_size="$context" "$@"
     echo "to talk to it: $python chat.py --out_dir=out-$name-grpo"
 else

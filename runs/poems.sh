@@ -28,7 +28,7 @@ stage() {  # a heading, the run's folder, its steps, its config, and other setti
     if [ ! -e "$folder/weights.pt" ]; then  # which is written at the end of a run
         local go_on=()
         [ ! -e "$folder/ckpt.pt" ] || go_on=(--init_from=resume)
-        "$python" train.py "$config" --out_dir="$folder" --max_iters="$max_iters" "$@" "${go_on[@]}"
+        "$python" train.py "$config" --out_dir="$folder" --max_iters="$max_iters" "$@" ${go_on[@]+"${go_on[@]}"}
     fi
 }
 
@@ -38,7 +38,7 @@ judge() {
 
 rm -f $out-journey.jsonl
 "$python" data/tang_poems/prepare.py
-stage 'pretraining: what verse is' $out "${steps[0]}" config/pretrain_poems.py "${small[@]}" "$@"
+stage 'pretraining: what verse is' $out "${steps[0]}" config/pretrain_poems.py ${small[@]+"${small[@]}"} "$@"
 "$python" sample.py --out_dir=$out --num_samples=1 --max_new_tokens=80 --start=$'\n\n春夜喜雨\n'
 stage 'instruction tuning: a poem for a title' $out-sft "${steps[1]}" config/sft_poems.py --init_from=$out/best.pt "$@"
 judge --out_dir=$out-sft

@@ -52,6 +52,7 @@ def base(folder, tmp_path_factory):
     return len(answer) - 2 * finished
 """)
     text = ''.join(f'{messages[0]["content"]} {messages[1]["content"]}\n' for messages in map(spell, range(300)))
+    write(path / 'text.py', 'no Python')
     make_dataset(path / 'text', write(path / 'text.txt', text), tokenizer=write(path / 'tokenizer.json', LETTERS.json))
     result = run_script('train.py', *TINY, '--rope_theta=10000.0', f'--dataset={path / "text"}', f'--out_dir={path / "base"}')
     assert result.code == 0, result.err
@@ -150,18 +151,21 @@ def test_long_conversations_are_cut_and_counted(tmp_path, capsys):
 
 
 def test_forms_of_conversations(tmp_path):
+    right = [{'role': 'user', 'content': 'p'}, {'role': 'assistant', 'content': 'good'}]
     path = write(tmp_path / 'a.jsonl', '\n'.join(json.dumps(record, ensure_ascii=False) for record in [
         {'instruction': '写诗', 'input': '春', 'output': '好'}, {'instruction': 'hi', 'input': '', 'output': 'yo', 'system': 'be brief'},
         {'conversations': [{'from': 'system', 'value': 's'}, {'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]},
         {'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}, {'role': 'user', 'content': 'r'}, {'role': 'assistant', 'content': 'b'}]},
         {'prompt': 'p', 'chosen': 'good', 'rejected': 'bad'},
         {'chosen': [{'role': 'user', 'content': 'p'}, {'role': 'assistant', 'content': 'good'}], 'rejected': [{'role': 'user', 'content': 'p'}, {'role': 'assistant', 'content': 'bad'}]},
-        {'messages': [{'role': 'user', 'content': 'p'}], 'chosen': 'good', 'rejected': 'bad'}]) + '\n\n')
+        {'messages': [{'role': 'user', 'content': 'p'}], 'chosen': 'good', 'rejected': 'bad'},
+        {'prompt': 'p', 'messages': right, 'chosen': right, 'rejected': right[:1] + [{'role': 'assistant', 'content': 'bad'}]},
+        {'prompt': 'p', 'chosen': right[1:], 'rejected': [{'role': 'assistant', 'content': 'bad'}]}]) + '\n\n')
     alpaca, system, sharegpt, openai, *pairs = read(path)
     assert alpaca == [{'role': 'user', 'content': '写诗\n\n春'}, {'role': 'assistant', 'content': '好'}]
     assert [message['role'] for message in system] == ['system', 'user', 'assistant'] == [message['role'] for message in sharegpt]
     assert prompt_of(openai) == openai[:3]
-    assert pairs == [([{'role': 'user', 'content': 'p'}], 'good', 'bad')] * 3
+    assert pairs == [([{'role': 'user', 'content': 'p'}], 'good', 'bad')] * 5
     assert list(read(write(tmp_path / 'a.json', json.dumps([{'prompt': 'p', 'chosen': 'good', 'rejected': 'bad'}])))) == pairs[:1]
 
 
@@ -169,7 +173,9 @@ def test_forms_of_conversations(tmp_path):
     ({'messages': [{'role': 'user', 'content': 'q'}]}, 'the assistant says nothing'), ({'messages': [{'role': 'robot', 'content': 'q'}]}, "unknown role 'robot'"),
     ({'conversations': [{'from': 'alien', 'value': 'q'}]}, "unknown role 'alien'"), ({'prompt': 'p', 'chosen': 'a', 'rejected': 'a'}, 'are equal'), ({'messages': []}, 'at least one'),
     ({'prompt': 'p', 'chosen': 'a'}, 'rejected: expected'), ({'text': 'q'}, "expected 'messages'"), ([1], 'expected a JSON object'), ({'messages': [{'role': 'user'}]}, 'expected {"role"'),
-    ({'conversations': ['q']}, 'expected {"role"'), ({'instruction': 'q', 'output': None}, 'expected {"role"')])
+    ({'messages': [{'role': 'assistant', 'content': 'p'}], 'chosen': 'a', 'rejected': 'b'}, "ends with the assistant's answer"),
+    ({'chosen': [{'role': 'user', 'content': 'p'}, {'role': 'assistant', 'content': 'a'}], 'rejected': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'b'}]}, 'different prompts'),
+    ({'prompt': 'p', 'chosen': [{'role': 'user', 'content': 'bye'}], 'rejected': 'b'}, 'chosen: expected'), ({'conversations': ['q']}, 'expected {"role"'), ({'instruction': 'q', 'output': None}, 'expected {"role"')])
 def test_bad_records(tmp_path, record, says):
     path = write(tmp_path / 'bad.jsonl', json.dumps(spell(1)[0] | {'messages': spell(1)}) + '\n' + json.dumps(record))
     line = exit_line(lambda: list(read(path)))
@@ -282,7 +288,8 @@ def test_rollouts(base, folder, monkeypatch):
     for key, value in {'group_size': 5, 'updates': 2, 'max_new_tokens': 8, 'reward': f'{base / "rewards.py"}:long', 'reference': str(base / 'sft')}.items():
         monkeypatch.setattr(grpo, key, value)
     data, model = open_dataset(str(folder / 'prompts')), tiny(vocab_size=open_dataset(str(folder / 'sft')).vocab_size)
-    config = {'dataset': 'prompts', 'init_from': str(base / 'sft'), 'block_size': 32, 'seed': 1, 'kl_coef': 0.04, 'clip': 0.2, 'temperature': 1.0, 'group_size': 5, 'updates': 2, 'max_new_tokens': 8}
+    config = {'dataset': 'prompts', 'init_from': str(base / 'sft'), 'block_size': 32, 'seed': 1, 'kl_coef': 0.04, 'clip': 0.2, 'temperature': 1.0, 'group_size': 5, 'updates': 2, 'max_new_tokens': 8,
+              'batch_size': 2, 'gradient_accumulation_steps': 2}
     context = grpo.start(model, data, RUN, config, {})
     numbers = grpo.draw(data, 4, 32, 1, 0)
     X, Y, old, theirs, advantage, document = batch = grpo.load(data, 'train', numbers, 32, context)
@@ -304,13 +311,17 @@ def test_rollouts(base, folder, monkeypatch):
     assert len(context.kept) == 4
     again = grpo.load(data, 'train', grpo.draw(data, 4, 32, 1, 1), 32, context)
     assert all(torch.equal(one, two) for one, two in zip(batch, again)) and not context.kept
+    context.kept = {3: [1, []]}  # another process has used it up before this one was resumed
+    grpo.load(data, 'train', grpo.draw(data, 4, 32, 1, 2)[:2], 32, context)
+    grpo.load(data, 'train', grpo.draw(data, 4, 32, 1, 2)[2:], 32, context)
+    assert sorted(context.kept) == [4, 5, 6, 7]
 
 # ----------------------------------------------------------------------------- through train.py
 
 
 def stage(base, folder, name, *settings):
     """The command of a stage, from the tuned network, but for its out_dir."""
-    dataset, rest = {'sft': ('sft', ['--dropout=0.1']), 'reward': ('pairs', ['--objective=reward']), 'dpo': ('pairs', ['--objective=dpo', f'--reference={base / "sft"}']),
+    dataset, rest = {'sft': ('sft', ['--dropout=0.1']), 'reward': ('pairs', ['--objective=reward']), 'dpo': ('pairs', ['--objective=dpo', '--beta=0.1', f'--reference={base / "sft"}']),
                      'grpo': ('prompts', ['--objective=grpo', '--group_size=3', '--updates=2', '--max_new_tokens=8', f'--reward={base / "rewards.py"}:long',
                                           f'--reference={base / "sft"}', '--batch_size=3'])}[name]
     return ['train.py', *TINY_LOADED, f'--dataset={folder / dataset}', f'--init_from={base / "sft"}', *rest, *settings]
@@ -355,6 +366,9 @@ def test_learning_from_a_rule_and_from_a_reward_model(base, folder, tmp_path):
     assert result.code == 0 and losses_of(tmp_path / 'reward', 'val_accuracy')[-1][1] > 0.9, result.err
     result = run_script(*stage(base, folder, 'grpo', '--max_iters=1', f'--reward={tmp_path / "reward"}', f'--out_dir={tmp_path / "grpo"}'))
     assert result.code == 0, result.err
+    for name in ('dpo', 'grpo'):
+        result = run_script(*stage(base, folder, name, f'--reference={tmp_path / "reward"}', f'--out_dir={tmp_path / "x"}'))
+        assert result.code == 1 and 'this is a reward model' in result.err and result.err.count('\n') == 1, name
     for script, *args in (('sample.py', '--start=a'), ('evaluate.py',), ('chat.py', '--prompt=a')):
         result = run_script(script, f'--out_dir={tmp_path / "reward"}', '--device=cpu', *args)
         assert result.code == 1 and 'this is a reward model' in result.err and result.err.count('\n') == 1, script
@@ -370,6 +384,8 @@ def test_samples_and_a_batch_are_shown(base, folder, tmp_path):
     assert result.code == 0 and 'sample at step 4' in result.out, result.err
     again = [json.loads(line) for line in (tmp_path / 'samples.jsonl').read_text(encoding='utf-8').splitlines()]
     assert again[:len(lines)] == lines and [line['step'] for line in again[len(lines):]] == [6, 6]  # what step 4 wrote stands there once
+    result = run_script(*stage(base, folder, 'grpo', '--sample_interval=1', '--sample_prompts=', f'--out_dir={tmp_path / "first"}', '--max_iters=1'))
+    assert result.code == 0 and re.search(r'sample at step 1: <\|im_start\|>user\n[ab]+<\|im_end\|>\n<\|im_start\|>assistant\n\n', result.out), result.err
     assert 'Z' in run_script(*stage(base, folder, 'sft', '--sample_interval=2', '--sample_prompts=Z', f'--out_dir={tmp_path}')).err
 
 
@@ -378,6 +394,7 @@ BAD = {
     'conversations for GRPO': ('grpo', ['--dataset={folder}/sft'], 'needs prompts'), 'no room for answers': ('grpo', ['--max_new_tokens=30'], 'the longest prompt has'),
     'no reward': ('grpo', ['--reward='], 'expected a reward model'), 'no such function': ('grpo', ['--reward=' + str(ROOT / 'model.py') + ':judge'], 'has no judge'),
     'no such file': ('grpo', ['--reward=nowhere.py:judge'], 'there is no file nowhere.py'), 'no reward model': ('grpo', ['--reward={base}/sft'], 'this is no reward model'),
+    'no Python': ('grpo', ['--reward={base}/text.py:judge'], 'text.py cannot be read: SyntaxError'), 'a beta': ('dpo', ['--beta=0'], 'beta=0'),
     'it raises': ('grpo', ['--reward={rewards}:raises'], 'ZeroDivisionError'), 'NaN': ('grpo', ['--reward={rewards}:nan'], 'a reward is nan'), 'one answer': ('grpo', ['--group_size=1'], 'at least 2'),
     'a short context': ('dpo', ['--block_size=16'], 'the longest answer with its prompt'), 'no such reference': ('dpo', ['--reference={base}/nowhere'], 'nowhere'),
 }
@@ -391,6 +408,20 @@ def test_bad_input(base, folder, tmp_path, case):
     result = run_script(*stage(base, folder, name, *settings, f'--out_dir={tmp_path / "out"}'))
     assert result.code == 1 and says in result.err and result.err.strip().count('\n') == 0, result.err
     assert not (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
+def test_all_of_a_dataset_is_evaluated(base, folder, tmp_path):
+    """eval_iters=-1 takes every pair, prompt and conversation; evaluate.py has the loss that training has."""
+    for name in ('sft', 'reward', 'grpo'):
+        said = [run_script(*stage(base, folder, name, '--eval_only=True', f'--eval_iters={number}', f'--out_dir={tmp_path}')).out for number in (-1, 1000, 1)]
+        lines = [re.search('step 0: .*', out)[0] for out in said]
+        assert re.findall(r'val \w+ [-\d.]+', lines[0]) == re.findall(r'val \w+ [-\d.]+', lines[1]) and (name == 'reward' or lines[0] != lines[2]), lines
+        if name == 'sft':
+            loss = re.search(r'val loss ([\d.]+)', lines[0])[1]
+    result = run_script('evaluate.py', f'--init_from={base / "sft"}', f'--data={folder / "sft"}', '--device=cpu', '--dtype=float32')
+    assert f'loss {loss}, ' in result.out, result.err
+    result = run_script('evaluate.py', f'--init_from={base / "sft"}', f'--data={folder / "pairs"}', '--device=cpu')
+    assert result.code == 1 and 'has pairs' in result.err and result.err.count('\n') == 1
 
 
 def test_grpo_refuses_fsdp():

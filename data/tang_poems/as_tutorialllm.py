@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 
 from poems import read_poems, split, text_of
 
-from core.conversations import write_folder
+from core.conversations import build_folder, write_folder
 from core.tokenizer import EOT, add_specials, load_tokenizer
 
 LABELS = '<INSPRE>'  # the letters of <INS>, <INP> and <RES>, which no poem has, each a token
@@ -29,4 +29,5 @@ def documents(poem):
 
 
 poems = split(read_poems(os.path.join(folder, 'input', 'tang_poems.json')))[1]
-write_folder(os.path.join(folder, 'tutorialllm'), 'conversations', tokenizer, {'train': poems[:int(0.9 * len(poems))], 'val': poems[int(0.9 * len(poems)):]}, documents, 256)
+parts = {'train': poems[:int(0.9 * len(poems))], 'val': poems[int(0.9 * len(poems)):]}
+write_folder(*build_folder(os.path.join(folder, 'tutorialllm'), 'conversations', tokenizer, parts, documents, 256))

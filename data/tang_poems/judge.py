@@ -32,6 +32,8 @@ device = 'auto'  # cuda, then mps, then cpu, whichever there is
 dtype = 'auto'  # bfloat16 where the hardware multiplies it, else float32
 # ---------------------------------------------------------------------------------------------------------------------------------------
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
+if min(titles, max_new_tokens, batch_size) < 1:
+    sys.exit(f'titles={titles}, max_new_tokens={max_new_tokens}, batch_size={batch_size}: expected at least 1')
 run = setup(device, dtype, seed=seed, training=True)  # in the precision of training
 data = open_dataset('tang_poems/prompts')
 tokens, starts = np.fromfile(data.files['val'][0][0], data.dtype), data.starts['val']
@@ -68,5 +70,8 @@ print(f'{"of " + str(len(held_out)) + " held-out titles":24} well-formed  five c
 for row in numbers:
     print(f'{row["run"]:24} {row["well_formed"]:11.1%}  {row["five_characters"]:15.1%}  {row["characters"]:17.1f}  {row["distinct_2"]:16.3f}')
 if out:
-    with open(os.path.expanduser(out), 'a', encoding='utf-8') as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in numbers)
+    try:
+        with open(os.path.expanduser(out), 'a', encoding='utf-8') as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in numbers)
+    except OSError as error:
+        sys.exit(f'out={out}: {error}')

@@ -6,6 +6,7 @@ character and no brackets, and whose lines, at least two, are equally long. A li
 """
 import json
 import random
+import sys
 
 from core.fetch import download, fetch
 
@@ -27,8 +28,14 @@ def read_poems(path):
     def convert(first):
         return keep(json.loads(first) + [poem for number in range(1000, 57000, 1000) for poem in json.loads(download(URL.format(number)))])
     fetch(path, 'tang_poems.json', SHA256, URL.format(0), convert)
-    with open(path, encoding='utf-8') as f:
-        return json.load(f)
+    try:
+        with open(path, encoding='utf-8-sig') as f:
+            poems = json.load(f)
+        if not poems or not all(isinstance(poem['title'], str) and poem['paragraphs'] and all(isinstance(line, str) for line in poem['paragraphs']) for poem in poems):
+            raise ValueError('a poem without title or lines')
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        sys.exit(f'{path}: {type(error).__name__}: {error}; expected a list of {{"title": text, "paragraphs": [line, ...]}}')
+    return poems
 
 
 def split(poems):

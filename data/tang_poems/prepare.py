@@ -12,6 +12,7 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 from poems import five_characters, messages_of, read_poems, split, text_of
 
 from core.conversations import write_folders
+from core.files import find
 from core.prepare import prepare
 from core.tokenizer import char_tokenizer
 
@@ -21,7 +22,9 @@ held_out = 200  # titles that occur in no training data, on which the stages are
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
-poems = read_poems(input or os.path.join(folder, 'input', 'tang_poems.json'))
+if input and not os.path.isfile(find(input)):
+    sys.exit(f'input={input}: there is no such file')
+poems = read_poems(find(input) if input else os.path.join(folder, 'input', 'tang_poems.json'))
 pretraining, instruction, preference = split(poems)
 tokenizer = char_tokenizer(sorted({'\n'}.union(*(poem['title'] + text_of(poem) for poem in poems))))
 path = os.path.join(folder, 'input', 'pretraining.txt')
@@ -37,9 +40,11 @@ def parts(items):
 
 
 conversations = {name: [messages_of(poem['title'], text_of(poem)) for poem in part] for name, part in parts(instruction).items()}
-# The rejected side is a poem of another form by another poet, under the same title: so the two differ in what is to be learned, and both are good verse. Answers
+# The rejected side is a poem of another form under the same title: so the two differ in what is to be learned, and both are good verse. Answers
 # of the model's own would differ in quality as well, and no preferences could be written before there is a model.
 draw, five, others = random.Random(2024), [poem for poem in preference if five_characters(text_of(poem))], [poem for poem in preference if not five_characters(text_of(poem))]
+if not five or not others:
+    sys.exit(f'{input}: of {len(preference):,} poems for preferences {len(five):,} are in verses of five characters; pairs need some of them and some others')
 pairs = {name: [(messages_of(poem['title']), text_of(poem), text_of(draw.choice(others))) for poem in part] for name, part in parts(five).items()}
 seen = {poem['title'] for poem in pretraining} | {messages[0]['content'] for messages in conversations['train']} | {pair[0][0]['content'] for pair in pairs['train']}
 titles = {name: [poem['title'] for poem in part] for name, part in parts(preference).items()}
