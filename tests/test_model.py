@@ -1,5 +1,7 @@
 """The network against a plain re-statement of its formulas; against transformers' see test_pretrained.py."""
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
+from core.device import compile_or_not
 from model import GPT, GPTConfig, attention, rotary, rotate
 
 TINY = dict(block_size=16, vocab_size=97, n_layer=3, n_head=4, n_embd=32)
@@ -278,3 +281,21 @@ def test_masked_targets_cost_nothing():
     targets[0, 3:] = -1
     loss = model(torch.randint(97, (2, 8)), targets)
     assert (loss[0, 3:] == 0).all() and (loss[1] > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('style, packed', [(TINY, False), (QWEN3, True)])
+def test_compiled_gradients(style, packed):
+    torch.manual_seed(0)
+    model, (X, Y) = GPT(GPTConfig(**style)), torch.randint(TINY['vocab_size'], (2, 4, 16))
+    run = SimpleNamespace(device='cpu', device_type='cpu', dtype='float32', ctx=nullcontext)
+    compiled = compile_or_not(model, 4, 16, run, packed)
+    if compiled is model:
+        pytest.skip('no compiler here')
+    gradients = []
+    for network in (model, compiled):
+        model.zero_grad()
+        network(X, Y, *[torch.arange(16).expand(4, 16) // 5] * packed).mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, two in zip(*gradients):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
