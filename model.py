@@ -127,10 +127,10 @@ class BlockAttention(torch.autograd.Function):
     def weights(q, k, mask, i, j):
         """Of queries i to j, on the keys before j: (N, j - i, j)."""
         if mask is None:
-            hidden = q.new_full((j - i, j), float('-inf')).triu(i + 1)
+            unseen = q.new_full((j - i, j), float('-inf')).triu(i + 1)
         else:
-            hidden = q.new_zeros(len(q), j - i, j).masked_fill_(~mask[:, i:j, :j], float('-inf'))
-        return torch.baddbmm(hidden, q[:, i:j], k[:, :j].transpose(1, 2), alpha=1 / math.sqrt(q.size(2))).softmax(dim=-1)
+            unseen = q.new_zeros(len(q), j - i, j).masked_fill_(~mask[:, i:j, :j], float('-inf'))
+        return torch.baddbmm(unseen, q[:, i:j], k[:, :j].transpose(1, 2), alpha=1 / math.sqrt(q.size(2))).softmax(dim=-1)
 
     @staticmethod
     def forward(ctx, q, k, v, dropout, mask):

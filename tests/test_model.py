@@ -286,6 +286,7 @@ def test_masked_targets_cost_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize('style, packed', [(TINY, False), (QWEN3, True)])
 def test_compiled_gradients(style, packed):
+    torch._dynamo.reset()
     torch.manual_seed(0)
     model, (X, Y) = GPT(GPTConfig(**style)), torch.randint(TINY['vocab_size'], (2, 4, 16))
     run = SimpleNamespace(device='cpu', device_type='cpu', dtype='float32', ctx=nullcontext)
