@@ -35,7 +35,7 @@ tokenizer = ''  # 'gpt2' or a tokenizer.json, rather than the one that comes wit
 data = ''  # a dataset folder or a text file in UTF-8; '': the dataset that the run was trained on
 split = 'val'  # of a dataset: 'val' or 'train'
 block_size = 0  # tokens of a window; 0: the network's context
-stride = 0  # from one window to the next; the tokens before are context and do not count again. 0: block_size, so that windows stand end to end
+stride = 0  # from one window of a text to the next; the tokens before are context and do not count again. 0: block_size, so that windows stand end to end
 tasks = ''  # a .jsonl of questions in HellaSwag's format, or several, separated by commas
 delimiter = ' '  # between a question and its answer; '' for Chinese
 lm_eval = ''  # tasks of lm-evaluation-harness, separated by commas
@@ -60,7 +60,7 @@ runs = [setup(device, name) for name in dtype.split(',')]
 
 def open_text(data, tokens):
     """
-    What there is to read: its name, a function that gives X, Y (rows, T), and of conversations which one a token is in, from some places of it on, where its texts begin and end, [(begin, end), ...],
+    What there is to read: its name, a function that gives X, Y (rows, T), and of conversations which one a token is in, from some places of it on, where its texts begin and end, [(begin, end), ...] (none of conversations, whose rows begin with one),
     and what measure() wants to know. Ends the script with one line where there is nothing.
     """
     path = find(data)
@@ -73,7 +73,7 @@ def open_text(data, tokens):
             sys.exit(f'data={data}: its tokens are those of another tokenizer; prepare it with that of the model, or give a text file')
         if found.kind not in ('', 'conversations'):
             sys.exit(f'data={data}: this dataset has {found.kind}; evaluate.py reads texts and conversations, and train.py --eval_only=True has the measures of the others')
-        return f'{found.folder}, {split}', lambda at, T: next_token.load(found, split, at, T), list(zip([0, *found.ends[split]], found.ends[split])), found
+        return f'{found.folder}, {split}', lambda at, T: next_token.load(found, split, at, T), [] if found.kind else list(zip([0, *found.ends[split]], found.ends[split])), found
     try:
         with open(path, encoding='utf-8-sig') as f:
             ids = tokens.encode(f.read())
@@ -90,13 +90,13 @@ def open_text(data, tokens):
 
 
 def losses(model, tokens, run):
-    """Print the loss of the text, every token of it once but the first."""
+    """Print the loss of a text, every token of it once but the first, or of what the assistant says in conversations."""
     config, T = model.config, block_size or model.config.block_size
     if T > config.block_size or stride > T:
         sys.exit(f'block_size={T}, stride={stride or T}: expected windows of at most {config.block_size} tokens, the context of this network, and a stride of at most one window')
     name, take, parts, known = open_text(data, tokens)
     step, places = stride or T, [(at, at) for at in next_token.fixed(known, split, -1, T)] if known.kind else []
-    for begin, end in parts if not known.kind else ():
+    for begin, end in parts:
         if begin < end <= begin + T:
             sys.exit(f'{name}: {end - begin:,} tokens, and a window has {T:,} and one to predict; give more text' + f', or a window that fits: --block_size={end - begin - 1}' * (end - begin > 1))
         places += [(at, at if at == begin else at + T - step) for at in range(begin, max(begin, end - 1 - T + step), step)]  # where a row begins, and what counts

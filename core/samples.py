@@ -3,12 +3,11 @@ import json
 import os
 import sys
 
-import numpy as np
 import torch
 
 from core.chat import answers, render, text_of
 from core.files import atomic
-from core.tokens import read_tokens
+from core.tokens import read_document
 
 
 def show_batch(batch, tokenizer):
@@ -33,7 +32,7 @@ def encode_prompts(prompts, data, run):
         sys.exit('sample_interval: ' + ('a part of the network in each process (parallel=fsdp) writes nothing by itself' if run.sharded else f'{data.folder} has no tokenizer') + '; use --sample_interval=0')
     if data.kind and not prompts:
         split = 'val' if data.splits['val'] else 'train'
-        ids, counts = read_tokens(data, split, np.arange(data.starts[split][1]))
+        ids, counts = read_document(data, split, 0)
         ids = ids[:counts.argmax()] if counts.any() else ids  # up to where an answer begins
         return [(tokenizer.decode(ids), ids)]
     texts = prompts.replace('\\n', '\n').split('|')

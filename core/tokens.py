@@ -165,6 +165,11 @@ def read_tokens(data, split, at):
     return tokens, counts
 
 
+def read_document(data, split, number):
+    """The tokens of a document and which of them count, (length,) each: see read_tokens()."""
+    return read_tokens(data, split, np.arange(*data.starts[split][number:number + 2]))
+
+
 def windows(data, split, starts, block_size):
     """
     Inputs and targets (rows, block_size) int64, the targets one token ahead, from these places in a split; -1 where a folder has ended or the loss
@@ -182,7 +187,7 @@ def documents(data, split, numbers, block_size):
     """Whole documents of a split, by their numbers (n,), packed: tokens, targets, of which -1 count not, and which one of the n each token belongs to, n for padding; (rows, T) int64 each."""
     texts = []
     for number in numbers:
-        tokens, counts = read_tokens(data, split, np.arange(*data.starts[split][number:number + 2]))
+        tokens, counts = read_document(data, split, number)
         texts.append((torch.from_numpy(tokens), torch.from_numpy(np.append(np.where(counts, tokens, -1)[1:], -1))))
     return pack(texts, block_size)
 

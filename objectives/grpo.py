@@ -16,7 +16,7 @@ from core.chat import answers, end_of_turn, text_of
 from core.checkpoint import check_writes, load_reference
 from core.device import gather
 from core.files import find
-from core.tokens import pack, shuffled
+from core.tokens import pack, read_document, shuffled
 from objectives import reward as reward_model
 
 group_size = 8  # answers to each prompt; a row of the batch is a prompt
@@ -121,8 +121,7 @@ def respond(context, split, numbers, copies, block_size):
     reference, (length,) each; of all the rewards and whether they ended by themselves, (rows * copies,).
     """
     data, run, model = context.data, context.run, context.policy
-    starts, tokens = data.starts[split], np.memmap(data.files[split][0][0], dtype=data.dtype, mode='r')
-    prompts = [tokens[starts[number]:starts[number + 1]].tolist() for number, _ in numbers for _ in range(copies)]
+    prompts = [prompt for number, _ in numbers for prompt in [read_document(data, split, number)[0].tolist()] * copies]
     seeds = [[context.seed, abs(serial), int(serial < 0), copy] for _, serial in numbers.tolist() for copy in range(copies)]
     was_training = model.training
     model.eval()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tang poems, stage by stage, from raw text to a model that prefers verses of five characters: pretraining, instruction tuning, then preferences in three ways,
-# DPO and GRPO by a reward model and by a rule. After each stage it shows the poem on 春夜喜雨. In about 25 minutes on two CPU cores; --quick: a small one, in four.
+# DPO and GRPO by a reward model and by a rule. After each stage that writes it shows the poem on 春夜喜雨. In about 25 minutes on two CPU cores; --quick: a small one, in four.
 # What is done stays: start it again and it goes on where it was. Other arguments are settings for every train.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
