@@ -323,12 +323,14 @@ class TokenLosses(torch.autograd.Function):
             some = slice(i, i + ctx.rows)
             gradient = gradients[0] if gradients else losses_and_gradients(x[some], weight, targets[some])[1]  # (n, V)
             dx[some] = (gradient @ weight).float().mul_(factors[some])
-            dweight += gradient.t() @ (x[some].float() * factors[some]).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                dweight += gradient.t() @ (x[some].float() * factors[some]).to(x.dtype)
         return dx, dweight.to(weight.dtype), None
 
 
 class GPT(nn.Module):
     gradient_checkpointing = False  # keep only each block's input for the backward pass and compute the rest again: less memory, a third more time
+    lora = None  # of a network with adapters: what they are (core/lora.py)
 
     def __init__(self, config):
         super().__init__()

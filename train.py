@@ -26,6 +26,7 @@ from core.device import all_reduce, catch_signals, check_memory, compile_or_not,
 from core.files import find
 from core.guard import check_disk, same_everywhere, watch_spikes
 from core.log import Log
+from core.lora import SETTINGS, add_adapters, check_lora, describe_adapters, probe, trained_weights
 from core.optimizer import OPTIMIZERS, configure_optimizer
 from core.parallel import shard, whole
 from core.samples import encode_prompts, show_batch, show_samples
@@ -105,6 +106,7 @@ device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e
 dtype = 'auto'  # bfloat16 where the hardware multiplies it, else float16 on CUDA and float32 elsewhere; or say which
 compile = True  # torch.compile: takes a minute to start, then runs faster; falls back where it cannot work
 # ---------------------------------------------------------------------------------------------------------------------------------------
+_settings = 'core.lora'  # LoRA's, which are settings of this script, too
 config, config_given = {}, {}  # filled by the next line: every setting with its value, and what the command line set
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
@@ -136,6 +138,8 @@ if max_iters < -1 or lr_decay_iters < -1 or not 0 <= cooldown <= 1:
 if eval_iters == 0 or not 0 <= dropout < 1:
     sys.exit(f'eval_iters={eval_iters}, dropout={dropout}: expected eval_iters above 0 or -1 (all), and dropout in [0, 1)')
 
+check_lora(config)
+
 # --- device, processes, and this process's share of a step
 run = setup(device, dtype, backend, seed, training=True)  # from here on only the first process prints
 run.sharded = parallel == 'fsdp' and run.world_size > 1
@@ -159,7 +163,7 @@ out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expandus
 init_from, launch = what_to_start_from(init_from, out_dir, run)
 
 # --- model: new, from a checkpoint, or from the weights of a GPT-2, Llama or Qwen3
-iter_num, best_val_loss, skipped, run_id = 0, float('inf'), 0, uuid.uuid4().hex[:8]
+iter_num, best_val_loss, skipped, measured, run_id = 0, float('inf'), 0, {}, uuid.uuid4().hex[:8]
 checkpoint, path, source, origin = {}, None, {}, init_from
 GPT.gradient_checkpointing = gradient_checkpointing
 shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm', 'tied', 'n_kv_head', 'head_size', 'n_inner')
@@ -175,10 +179,10 @@ elif init_from == 'resume':
     missing = [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in checkpoint]
     if missing:
         sys.exit(f'{path}: no {", ".join(missing)} in it, so it cannot be resumed; to start from its weights: --init_from={path}')
-    model, source, origin = build_model(checkpoint, path, dropout=dropout), checkpoint, path
+    model, source, origin = build_model(checkpoint, path, run.device, dropout=dropout), checkpoint, path
     iter_num, best_val_loss = checkpoint['iter_num'], float(checkpoint['best_val_loss'])
-    skipped, run_id = checkpoint.get('skipped', 0), checkpoint.get('run_id', run_id)
-    print(f'resuming {path} at step {iter_num}: {describe(model)}')
+    skipped, measured, run_id = checkpoint.get('skipped', 0), checkpoint.get('measured', {}), checkpoint.get('run_id', run_id)
+    print(f'resuming {path} at step {iter_num}' + f': {describe(model)}' * (not model.lora))
 else:
     model, source = load_model(init_from, dropout=dropout)
     if block_size > model.config.block_size and 'block_size' in config_given:
@@ -191,8 +195,6 @@ if init_from != 'scratch':
         if key in config_given and not derived and config[key] != getattr(model.config, key):
             sys.exit(f'--{key}={config[key]} contradicts {origin}, which has {key}={getattr(model.config, key)}; '
                      'leave it out, or train another network with --init_from=scratch and another --out_dir')
-    if not eval_only:
-        check_memory(model, micro_rows, block_size, run)
 if config['n_embd'] == 0:  # Muon's own rate is the same at any width
     learning_rate, min_lr = (rate * (768 / model.config.n_embd)**0.5 for rate in (learning_rate, min_lr))
 tokens_per_iter = total_rows * block_size
@@ -203,7 +205,14 @@ if lr_decay_iters == -1:
 config.update({key: getattr(model.config, key) for key in shape}, learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, lr_decay_iters=lr_decay_iters)  # what is saved is what was used
 if data.shortest <= block_size and not data.kind:
     sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
-fit_vocabulary(model, source, data, origin)
+known = fit_vocabulary(model, source, data, origin)
+if config['lora_rank'] and not path:
+    add_adapters(model.to(run.device), {**{key: config[key] for key in SETTINGS}, 'base': origin, 'known': known, 'probe': probe(model)})
+if model.lora:
+    config.update({key: model.lora[key] for key in SETTINGS})
+    print(describe_adapters(model))
+if init_from != 'scratch' and not eval_only:
+    check_memory(model, micro_rows, block_size, run)
 data_hash = fingerprint(data)
 if checkpoint.get('data', data_hash) != data_hash and not eval_only:
     sys.exit(f'dataset={dataset}: its tokens are not those that {path} was trained on so far, so this would be no exact continuation; '
@@ -292,8 +301,8 @@ def get_lr(it):
 
 def state():
     """Everything that sampling or going on needs. The random state is (seed, step), see below, so it needs no room of its own."""
-    return {'model': model.state_dict(), 'model_args': vars(model.config), 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(), 'iter_num': iter_num,
-            'best_val_loss': best_val_loss, 'skipped': skipped, 'config': config, 'tokenizer': data.tokenizer.json if data.tokenizer else '',
+    return {'model': trained_weights(model), 'model_args': vars(model.config), 'lora': model.lora, 'optimizer': opt.state_dict(), 'scaler': scaler.state_dict(), 'iter_num': iter_num,
+            'best_val_loss': best_val_loss, 'measured': measured, 'skipped': skipped, 'config': config, 'tokenizer': data.tokenizer.json if data.tokenizer else '',
             'run_id': run_id, 'data': data_hash, 'world_size': run.world_size, 'objective': task.state(context)}
 
 
@@ -317,6 +326,7 @@ logged_iter = iter_num  # up to here the time of the steps has been printed
 while True:
     if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
         numbers = evaluate()
+        measured = {'iter': iter_num, **numbers}
         print(f'step {iter_num}: ' + ', '.join(f'{name.replace("_", " ")} {value:.4f}' for name, value in numbers.items()), flush=True)
         if log:
             log(iter_num, numbers)
@@ -377,7 +387,7 @@ while True:
         dt = (now - t0) / (iter_num + 1 - logged_iter)
         t0, logged_iter = now, iter_num + 1
         numbers = {'loss': lossf, 'lr': opt.param_groups[0]['lr'], 'grad_norm': grad_norm, 'ms': dt * 1000, 'tokens_per_s': tokens / dt}
-        if run.peak_flops:
+        if run.peak_flops and not model.lora:  # whose FLOPs are others
             numbers['mfu'] = model.flops_per_token() * tokens / dt / run.peak_flops / run.world_size
         left = str(datetime.timedelta(seconds=round(dt * (max_iters - iter_num - 1))))
         print(f'iter {iter_num}: loss {lossf:.4f}, time {dt * 1000:.2f}ms' + (f', mfu {numbers["mfu"] * 100:.2f}%' if 'mfu' in numbers else '')

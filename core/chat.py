@@ -8,6 +8,8 @@ from core.tokenizer import add_specials
 ROLES = ('system', 'user', 'assistant')
 START, END = '<|im_start|>', '<|im_end|>'  # ChatML, as Qwen writes it: <|im_start|>user\nHello!<|im_end|>\n<|im_start|>assistant\n...
 HEADS = {role: f'{START}{role}\n' for role in ROLES}
+JINJA = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")  # the same for transformers and llama.cpp
 
 
 def chat_tokenizer(tokenizer):

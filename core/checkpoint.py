@@ -9,6 +9,7 @@ import sys
 import torch
 
 from core.files import atomic, find
+from core.lora import add_adapters, merge, probe, trained_weights, without_adapters
 from core.pretrained import download_pretrained, load_pretrained
 from core.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
 from core.tokens import open_dataset
@@ -97,20 +98,47 @@ def checkpoint_path(out_dir, ckpt=''):
     return last if load_checkpoint(last, 'meta').get('config', {}).get('always_save_checkpoint', True) else best
 
 
-def build_model(checkpoint, path, **overrides):
-    """The network of a checkpoint, on the CPU, with some of its arguments (dropout) overridden."""
-    model = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
+def build_model(checkpoint, path, device='cpu', **overrides):
+    """The network of a checkpoint, on the CPU, with some of its arguments (dropout) overridden; one with adapters, which needs its base, on the device."""
+    if checkpoint.get('lora'):
+        model = adapted_base(checkpoint, path, device, **overrides)
+    else:
+        model = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
     try:
-        model.load_state_dict(checkpoint['model'])
+        missing, unknown = model.load_state_dict(checkpoint['model'], strict=not model.lora)
+        if unknown or model.lora and trained_weights(model).keys() & missing:
+            raise RuntimeError(f'\nadapters of other layers: {[*unknown, *missing][0]}')
     except RuntimeError as error:
         sys.exit(f'{path}: its weights do not fit its model_args: {str(error).splitlines()[1].strip()[:200]}')
     return model
 
 
+def adapted_base(checkpoint, path, device, **overrides):
+    """The network that a checkpoint's adapters belong to, with new ones in their places."""
+    lora, args = checkpoint['lora'], GPTConfig(**checkpoint['model_args'])
+    print(f'{path} has adapters alone; their base is {lora["base"]}')
+    model, _ = load_model(lora['base'], **overrides)
+    if probe(model).shape != lora['probe'].shape or not probe(model).allclose(lora['probe'], atol=1e-5):
+        sys.exit(f'{path}: its adapters belong to other weights than those that are in {lora["base"]} now; put back what it was trained from')
+    resize_vocabulary(model, lora['known'], args.vocab_size)
+    model.crop_block_size(args.block_size)
+    if args.reward:
+        new_reward_head(model)
+    add_adapters(model.to(device), lora)
+    return model
+
+
+def new_reward_head(model):
+    """A head of one number, which starts at 0, in the place of that for the vocabulary."""
+    model.config.reward = True
+    model.lm_head = torch.nn.Linear(model.config.n_embd, 1, bias=False, device=model.lm_head.weight.device)
+    torch.nn.init.zeros_(model.lm_head.weight)
+
+
 def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
     """
     A network, on the CPU: init_from is 'resume' (the run in out_dir, or the file ckpt), a checkpoint file, a run's folder, or a GPT-2 by its
-    name on the Hugging Face hub or its folder. Returns (model, source), the checkpoint or the folder, which source_tokenizer() takes.
+    name on the Hugging Face hub or its folder. Adapters are merged into their base. Returns (model, source), the checkpoint or the folder, which source_tokenizer() takes.
     """
     folder = find(init_from)
     if init_from == 'resume':
@@ -126,6 +154,7 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
         return model, folder
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path, dropout=dropout)
+    model = merge(model) if model.lora else model
     loss = checkpoint.get('best_val_loss')
     print(f'loaded {path}: {describe(model)}, step {checkpoint.get("iter_num", "?")}' + (f', best validation loss {float(loss):.4f}' if loss is not None and math.isfinite(loss) else ''))
     return model, checkpoint
@@ -138,8 +167,8 @@ def rows_for(vocab_size):
 
 def fit_vocabulary(model, source, data, origin):
     """
-    Make room in a network, as load_model returned it with its source, for the role tokens that a dataset's tokenizer has appended to its own. Ends the script with
-    one line where the two do not belong together.
+    Make room in a network, as load_model returned it with its source, for the role tokens that a dataset's tokenizer has appended to its own. Returns how many rows
+    of the vocabulary are still the network's own. Ends the script with one line where the two do not belong together.
     """
     known, ours = model.config.vocab_size, data.tokenizer
     theirs = Tokenizer(source['tokenizer']) if isinstance(source, dict) and source.get('tokenizer') else None
@@ -147,21 +176,23 @@ def fit_vocabulary(model, source, data, origin):
         if not ours.extends(theirs):
             sys.exit(f'dataset={data.folder} is cut into tokens by another tokenizer than the text that {origin} was trained on; prepare it with that one')
         known = min(known, theirs.vocab_size)
-    if data.kind and data.vocab_size > known:
-        add_tokens(model, known, rows_for(data.vocab_size))
+    grows = data.kind and data.vocab_size > known
+    if grows:
+        resize_vocabulary(model, known, max(rows_for(data.vocab_size), model.config.vocab_size))
     eot_on_top = ours is not None and ours.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
     if data.vocab_size - eot_on_top > model.config.vocab_size:
         sys.exit(f'dataset={data.folder} has {data.vocab_size:,} token ids and {origin} only {model.config.vocab_size:,}; they need the same tokenizer')
+    return known if grows else model.config.vocab_size
 
 
-def add_tokens(model, known, vocab_size):
+def resize_vocabulary(model, known, rows):
     """
-    Room for a vocabulary of vocab_size rows: those beyond the `known` first ones start as the mean of these
+    From now on a vocabulary of so many rows, of which the `known` first ones are as before, and the others start as the mean of these
     (Hewitt 2021: https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     for module in {model.transformer.wte, model.lm_head}:
         old = module.weight.detach()
-        new = old[:known].mean(dim=0).repeat(max(vocab_size, len(old)), 1)
+        new = old[:known].mean(dim=0).repeat(rows, 1)
         new[:known] = old[:known]
         module.weight = torch.nn.Parameter(new)
     model.config.vocab_size = len(new)
@@ -169,8 +200,13 @@ def add_tokens(model, known, vocab_size):
         model.transformer.wte.weight = model.lm_head.weight
 
 
-def load_reference(path, data, run):
-    """A network that is not trained but asked, on the device: a checkpoint, a run's folder or a Hugging Face model's, with the vocabulary of the dataset."""
+def load_reference(path, data, run, model=None):
+    """
+    A network that is not trained but asked, on the device: a checkpoint, a run's folder or a Hugging Face model's, with the vocabulary of the dataset. Where it is the base
+    of the adapters of `model`, that itself without them: the weights are in memory once.
+    """
+    if model and model.lora and path == model.lora['base']:
+        return without_adapters(model)
     model, source = load_model(path)
     fit_vocabulary(model, source, data, path)
     return model.to(run.device).eval().requires_grad_(False)

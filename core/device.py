@@ -156,7 +156,8 @@ def check_memory(model, rows, T, run):
         return
     c = model.config
     per_token = c.n_layer * c.n_embd * (2 if model.gradient_checkpointing else 17) * (4 if run.dtype == 'float32' else 2)
-    weights, activations = 16 * sum(p.numel() for p in model.parameters()), rows * T * per_token
+    weights = sum(tensor.nbytes + 12 * tensor.numel() * tensor.requires_grad for tensor in (*model.parameters(), *model.buffers()))
+    activations = rows * T * per_token
     if run.sharded and run.device_type == 'cuda':
         weights /= run.world_size
     if weights + activations > there:
@@ -210,7 +211,8 @@ def compile_or_not(model, rows, T, run, packed=False):
         row = torch.arange(rows * (T + 1), device=run.device).view(rows, T + 1) % model.config.vocab_size
         with run.ctx():
             compiled(row[:, :-1], row[:, 1:], *[torch.zeros_like(row[:, 1:])] * packed).mean().backward()  # laid out like a batch: for other strides it would be compiled once more
-        if not all(p.grad.isfinite().all() for p in model.parameters()) or not any(p.grad.any() for p in model.parameters()):
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        if not all(grad.isfinite().all() for grad in grads) or not any(grad.any() for grad in grads):
             raise ArithmeticError('its gradients are not finite, or all 0')
         return compiled
     except torch.OutOfMemoryError:

@@ -1,5 +1,6 @@
 """Paths, and writing files whole or not at all."""
 import os
+import shutil
 from contextlib import contextmanager
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repository
@@ -25,3 +26,18 @@ def atomic(path, mode='wb', **kwargs):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+@contextmanager
+def atomic_folder(path):
+    """Make a temporary folder beside `path` to write in; on success it takes the name `path`, on any error it goes and what was there stays."""
+    temporary, old = f'{path}.tmp{os.getpid()}', f'{path}.old{os.getpid()}'
+    try:
+        os.makedirs(temporary)
+        yield temporary
+        if os.path.exists(path):
+            os.rename(path, old)
+        os.rename(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

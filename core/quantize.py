@@ -1,5 +1,6 @@
-"""The weights of a network that is only read from now on: in half the bytes, in a quarter, and laid out as the CPU reads them fastest."""
+"""The weights of a network, or of what is frozen in it, that are only read from now on: in half the bytes, in a quarter, in an eighth, and laid out as the CPU reads them fastest."""
 import functools
+import sys
 
 import torch
 import torch.nn as nn
@@ -55,15 +56,13 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        weight = linear.weight.detach().float()
-        self.factors = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)  # (out,)
-        self.weight = (weight / self.factors[:, None]).round().to(torch.int8)  # (out, in)
+        self.weight, self.factors = eight_bits(linear.weight.detach().float())  # (out, in), (out,)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self.bytewise = weight.device.type == 'cpu' and works('int8')
+        self.bytewise = self.weight.device.type == 'cpu' and works('int8')
         if self.bytewise:
+            self.zeros = torch.zeros(len(self.weight), dtype=torch.int32)
             self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
             self.bias = None if self.bias is None else self.bias.float() / 257  # it is added to the high row, which counts 256 times, and to the low one
-            self.zeros = torch.zeros(len(weight), dtype=torch.int32)
             self.middle = torch.tensor(128 * 257 + 0.5)
 
     def forward(self, x):
@@ -76,6 +75,72 @@ class Int8Linear(nn.Module):
         y = torch.ops.onednn.qlinear_pointwise(rows, step, 128, self.weight, self.factors, self.zeros, self.bias, 1.0, 0, torch.float32, 'none', [], '')
         low, high = y.view(2, *x.shape[:-1], -1)
         return low.add_(high, alpha=256)
+
+
+def eight_bits(weight):
+    """A matrix (out, in) as int8, -127 to 127, and the factor of each row (out,)."""
+    factors = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30)
+    return (weight / factors[:, None]).round().to(torch.int8), factors
+
+
+class FrozenLinear(nn.Module):
+    """
+    A Linear that is not trained, but through which gradients go: its weights in 'int8', or in 'nf4', four bits each and a factor for every 64, by bitsandbytes
+    (QLoRA, Dettmers et al. 2023: https://arxiv.org/abs/2305.14314). They are unpacked whenever they multiply, so never more than one layer's at a time.
+    """
+
+    def __init__(self, linear, kind):
+        super().__init__()
+        self.in_features, self.out_features, self.kind, self.bias = linear.in_features, linear.out_features, kind, linear.bias
+        weight = linear.weight.detach()
+        if kind == 'nf4':
+            try:
+                from bitsandbytes import functional
+            except ImportError:
+                sys.exit("quantize_base=nf4 needs another package: pip install bitsandbytes; or --quantize_base=int8, which needs none")
+            self.functional = functional
+            weight, self.factors = functional.quantize_4bit(weight, quant_type='nf4', compress_statistics=True)  # the factors in eight bits, too
+        else:
+            weight, self.factors = eight_bits(weight)
+        self.register_buffer('weight', weight)
+
+    def unpacked(self, dtype):
+        """The weights (out, in)."""
+        if self.kind == 'nf4':
+            return self.functional.dequantize_4bit(self.weight, self.factors).to(dtype)
+        return self.weight.to(dtype) * self.factors.to(dtype)[:, None]
+
+    def forward(self, x):
+        device = x.device.type
+        x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        return FrozenProduct.apply(x, self, None if self.bias is None else self.bias.to(x.dtype))
+
+    def linear(self):
+        """A plain Linear with these weights."""
+        new = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device=self.weight.device)
+        new.weight.data, new.bias = self.unpacked(torch.float32), self.bias
+        return new
+
+    def nbytes(self):
+        """Bytes of the weights and their factors."""
+        f = self.factors
+        return sum(tensor.nbytes for tensor in ([self.weight, f] if self.kind == 'int8' else [self.weight, f.absmax, f.code, f.state2.absmax, f.state2.code]))
+
+    def __deepcopy__(self, memo):
+        return self  # it never changes
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x (..., in) -> (..., out) by a FrozenLinear, whose weights the backward pass unpacks once more rather than keep."""
+
+    @staticmethod
+    def forward(ctx, x, layer, bias):
+        ctx.layer = layer
+        return F.linear(x, layer.unpacked(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.layer.unpacked(dy.dtype), None, None
 
 
 @functools.cache

@@ -29,7 +29,7 @@ def start(model, data, run, config, saved):
     if beta <= 0 or not 0 <= label_smoothing < 0.5:
         sys.exit(f'beta={beta}, label_smoothing={label_smoothing}: expected beta above 0 and label_smoothing at least 0 and less than 0.5')
     path = reference or saved.get('reference') or config['init_from']
-    context = SimpleNamespace(path=path, model=load_reference(path, data, run), logps=saved.get('logps') if path == saved.get('reference') else None)
+    context = SimpleNamespace(path=path, model=load_reference(path, data, run, model), logps=saved.get('logps') if path == saved.get('reference') else None)
     check_writes(context.model, path)
     if not context.logps:
         context.logps = {split: reference_logps(context.model, data, split, config, run) for split in data.splits}

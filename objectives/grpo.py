@@ -44,7 +44,7 @@ def start(model, data, run, config, saved):
             sys.exit(f'{key}={config[key]}: expected at least {least}')
     check_writes(model, config['init_from'])
     path = reference or saved.get('reference') or config['init_from']
-    context = SimpleNamespace(path=path, policy=model, model=load_reference(path, data, run), judge=make_judge(data, run, config['block_size']), data=data, run=run,
+    context = SimpleNamespace(path=path, policy=model, model=load_reference(path, data, run, model), judge=make_judge(data, run, config['block_size']), data=data, run=run,
                               seed=config['seed'], rows=config['batch_size'] * config['gradient_accumulation_steps'], kept=saved.get('kept', {}))
     check_writes(context.model, path)
     return context

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from core.checkpoint import new_reward_head
 from core.tokens import documents, shuffled
 
 MEASURES = ('loss', 'accuracy', 'margin')
@@ -18,9 +19,7 @@ def start(model, data, run, config, saved):
     """A base model gets a new head, which starts at 0, in the place of that for the vocabulary; a reward model keeps what it has."""
     check_pairs(data, config)
     if not model.config.reward:
-        model.config.reward = True
-        model.lm_head = torch.nn.Linear(model.config.n_embd, 1, bias=False, device=model.lm_head.weight.device)
-        torch.nn.init.zeros_(model.lm_head.weight)
+        new_reward_head(model)
 
 
 def check_pairs(data, config):

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, TINY_LOADED, exit_line, losses_of, make_dataset
 from torch.nn import functional as F
 
 from core.chat import chat_tokenizer, end_of_turn, render, text_of
-from core.checkpoint import add_tokens
+from core.checkpoint import resize_vocabulary
 from core.conversations import divide, prompt_of, read, write_folders
 from core.tokenizer import char_tokenizer
 from core.tokens import documents, open_dataset, shuffled
@@ -190,7 +190,7 @@ def test_bad_records(tmp_path, record, says):
 def test_new_tokens_start_as_the_mean(tied):
     model = tiny(tied=tied)
     before, idx = copy.deepcopy(model), torch.arange(20)[None]
-    add_tokens(model, 30, 64)
+    resize_vocabulary(model, 30, 64)
     for new, old in ((model.transformer.wte, before.transformer.wte), (model.lm_head, before.lm_head)):
         torch.testing.assert_close(new.weight[:30], old.weight[:30])
         torch.testing.assert_close(new.weight[30:], old.weight[:30].mean(dim=0).expand(34, -1))
