@@ -41,7 +41,8 @@ def _configure(script):
                 key = getattr(target, 'id', '_')
                 if not key.startswith('_') and not key.isupper() and key not in found and isinstance(module.get(key), (bool, int, float, str)):
                     above, column = comments.get(node.lineno - 1, ('', 1))
-                    found[key] = module[key], comments.get(node.end_lineno, ('',))[0], '' if column else above.strip('-')
+                    value = module[key] if module is script else ast.literal_eval(node.value)  # a module's globals may be what an earlier script has set
+                    found[key] = value, comments.get(node.end_lineno, ('',))[0], '' if column else above.strip('-')
         return found
 
     def known():

@@ -1,6 +1,7 @@
 """Checkpoints: one file that says everything about a run, written whole or not at all, and never unpickled beyond tensors."""
 import glob
 import math
+import operator
 import os
 import pickle
 import shutil
@@ -122,9 +123,9 @@ def adapted_base(checkpoint, path, device, **overrides):
         sys.exit(f'{path}: its adapters belong to other weights than those that are in {lora["base"]} now; put back what it was trained from')
     resize_vocabulary(model, lora['known'], args.vocab_size)
     model.crop_block_size(args.block_size)
-    if args.reward:
-        new_reward_head(model)
     add_adapters(model.to(device), lora)
+    if args.reward and not model.config.reward:
+        new_reward_head(model)
     return model
 
 
@@ -170,10 +171,13 @@ def fit_vocabulary(model, source, data, origin):
     Make room in a network, as load_model returned it with its source, for the role tokens that a dataset's tokenizer has appended to its own. Returns how many rows
     of the vocabulary are still the network's own. Ends the script with one line where the two do not belong together.
     """
-    known, ours = model.config.vocab_size, data.tokenizer
-    theirs = Tokenizer(source['tokenizer']) if isinstance(source, dict) and source.get('tokenizer') else None
+    known, ours, theirs = model.config.vocab_size, data.tokenizer, None
+    if isinstance(source, str):
+        theirs = load_tokenizer(source) if has_tokenizer(source) else None
+    elif source.get('tokenizer'):
+        theirs = Tokenizer(source['tokenizer'])
     if theirs and ours and theirs.json != ours.json:
-        if not ours.extends(theirs):
+        if not (all(map(operator.eq, ours.pieces, theirs.pieces)) if isinstance(source, str) else ours.extends(theirs)):  # Qwen2's has fewer tokens than Qwen3's, but the same
             sys.exit(f'dataset={data.folder} is cut into tokens by another tokenizer than the text that {origin} was trained on; prepare it with that one')
         known = min(known, theirs.vocab_size)
     grows = data.kind and data.vocab_size > known
@@ -218,11 +222,16 @@ def check_writes(model, name):
         sys.exit(f'{name}: this is a reward model, which judges text and writes none; take the model that it was made from')
 
 
+def has_tokenizer(folder):
+    """Whether a Hugging Face folder comes with one that load_tokenizer() reads."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'vocab.json'))
+
+
 def source_tokenizer(source):
     """The tokenizer that belongs to what load_model returned. nanoGPT's checkpoints hold none: theirs is that of the dataset folder which
     they name, and GPT-2's if there is none."""
     if isinstance(source, str):
-        if not any(os.path.exists(os.path.join(source, name)) for name in ('tokenizer.json', 'vocab.json')):
+        if not has_tokenizer(source):
             sys.exit(f'{source}: no tokenizer in this folder; say which one, e.g. --tokenizer=gpt2')
         return load_tokenizer(source)
     if source.get('tokenizer'):

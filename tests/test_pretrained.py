@@ -4,11 +4,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_LOADED, exit_line, losses_of, run_script
+from conftest import TINY_LOADED, exit_line, losses_of, run_script, write
 from torch.nn import functional as F
 
 from core.checkpoint import load_checkpoint
 from core.pretrained import load_pretrained, theirs
+from core.tokenizer import char_tokenizer
 
 transformers = pytest.importorskip('transformers')
 
@@ -191,3 +192,11 @@ def test_fine_tuning_gpt2(tmp_path):
     assert result.code == 0 and f'loaded {tmp_path / "gpt2"}' in result.out, result.err
     args = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))['model_args']
     assert args['block_size'] == 32 and args['activation'] == 'gelu_tanh' and args['n_embd'] == 16
+
+
+def test_a_dataset_of_another_tokenizer(tiny_data, tmp_path):
+    """Is refused, as far as the folder says what its tokens are."""
+    make(tmp_path, 'qwen3')
+    write(tmp_path / 'tokenizer.json', char_tokenizer(map(chr, range(33, 129))).json)
+    result = run_script('train.py', *TINY_LOADED, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', f'--init_from={tmp_path}')
+    assert result.code == 1 and 'another tokenizer' in result.err and result.err.count('\n') == 1
