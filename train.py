@@ -26,7 +26,7 @@ from core.device import all_reduce, catch_signals, check_memory, compile_or_not,
 from core.files import find
 from core.guard import check_disk, same_everywhere, watch_spikes
 from core.log import Log
-from core.lora import SETTINGS, add_adapters, check_lora, describe_adapters, probe, trained_weights
+from core.lora import adapt, check_lora, trained_weights
 from core.optimizer import OPTIMIZERS, configure_optimizer
 from core.parallel import shard, whole
 from core.samples import encode_prompts, show_batch, show_samples
@@ -206,11 +206,7 @@ config.update({key: getattr(model.config, key) for key in shape}, learning_rate=
 if data.shortest <= block_size and not data.kind:
     sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
 known = fit_vocabulary(model, source, data, origin)
-if config['lora_rank'] and not path:
-    add_adapters(model.to(run.device), {**{key: config[key] for key in SETTINGS}, 'base': origin, 'known': known, 'probe': probe(model)})
-if model.lora:
-    config.update({key: model.lora[key] for key in SETTINGS})
-    print(describe_adapters(model))
+adapt(model, origin, bool(path), known, config, config_given, run)
 if init_from != 'scratch' and not eval_only:
     check_memory(model, micro_rows, block_size, run)
 data_hash = fingerprint(data)

@@ -1,4 +1,4 @@
-# Tang poems, instruction tuning by LoRA: a poem for a title, with 4 % of the numbers trained. Start from the pretrained model: --init_from=out-poems/best.pt
+# Tang poems, instruction tuning by LoRA: a poem for a title, with 6 % of the numbers trained. Start from the pretrained model: --init_from=out-poems/best.pt
 
 init_from = 'out-poems/best.pt'
 out_dir = 'out-poems-lora'

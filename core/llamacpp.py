@@ -16,7 +16,7 @@ from core.pretrained import architecture_of, split_rows
 from core.tokenizer import BYTE_OF, EOT, GPT2_SPLIT, QWEN2_SPLIT
 
 FILE_TYPES = {'f32': 0, 'f16': 1, 'q4_0': 2, 'q8_0': 7, 'bf16': 32}  # how general.file_type numbers them
-NORMAL, CONTROL, UNUSED = 1, 3, 5  # and tokenizer.ggml.token_type its kinds of tokens
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # and tokenizer.ggml.token_type its kinds of tokens
 
 # what llama.cpp calls our layers; what is stacked in one matrix of ours it has by itself
 LAYERS = {'transformer.wte': ['token_embd'], 'transformer.ln_f': ['output_norm'], 'lm_head': ['output'], 'ln_1': ['attn_norm'],
@@ -52,7 +52,7 @@ def tensors(model, kind):
 def format_of(name, shape, quant):
     """
     The numbers that a tensor is written in. Vectors and positions, which are few, stay F32. In Q8_0 and Q4_0 blocks of 32 numbers share a factor, so
-    rows that are no multiple of it become F16. With Q4_0 embedding and head are Q8_0: a quarter of the loss would come from there (docs/RECORDS.md).
+    rows that are no multiple of it become F16. With Q4_0 embedding and head are Q8_0: three fifths of its cost came from there (docs/RECORDS.md).
     """
     if len(shape) == 1 or name == 'position_embd.weight':
         return 'F32'
@@ -90,11 +90,12 @@ def words_of(tokenizer, name):
 
 def about_tokenizer(tokenizer, rows, name):
     """
-    What the file says about the tokenizer, {key: value}: that it is a byte-level BPE. One of characters is one too, whose merges join the bytes of each
-    character; llama.cpp drops those that it lacks. Special tokens, and with them how a text and a turn end, are found by their names only where
-    these are to be parsed, as in chat templates. Rows of the network beyond the vocabulary get names that no text has.
+    What the file says about the tokenizer, {key: value}: that it is a byte-level BPE. One of characters becomes one whose merges join the bytes of each
+    character; llama.cpp drops characters that it lacks. Special tokens are found by their names only where these are to be parsed, as in prompts and
+    chat templates; those of EOT and ChatML end what is written, both. Rows of the network beyond the vocabulary get names of their own.
     """
     words, names = words_of(tokenizer, name), {i: text for text, i in tokenizer.specials.items()}
+    kinds = {i: CONTROL if i in tokenizer._special else USER_DEFINED for i in names}  # those that others call not special, as <think>, are seen
     pieces = [piece.decode('latin-1').translate(SYMBOL_OF) for piece in tokenizer.pieces] + [''] * (rows - tokenizer.vocab_size)
     merges = [' '.join(pair) for pair in tokenizer._merges] if not tokenizer.is_char else dict.fromkeys(
         f'{piece[:i]} {piece[i]}' for token, piece in enumerate(pieces) if token not in names for i in range(1, len(piece)))
@@ -103,7 +104,7 @@ def about_tokenizer(tokenizer, rows, name):
         end = pieces.index('\xff') if '\xff' in pieces else sys.exit(f'{name}: its vocabulary has no {EOT}, which llama.cpp needs; prepare the data again')
         print(f'{name}: its tokenizer has no {EOT}: llama.cpp will end a text at none but the special tokens whose names it knows, such as </s>')
     keys = {'model': 'gpt2', 'pre': words, 'tokens': [names.get(i, piece or f'[PAD{i}]') for i, piece in enumerate(pieces)],
-            'token_type': [CONTROL if i in names else NORMAL if piece else UNUSED for i, piece in enumerate(pieces)],
+            'token_type': [kinds.get(i, NORMAL if piece else UNUSED) for i, piece in enumerate(pieces)],
             'merges': [*merges] or ['\xff \xff'],  # there must be one: of a byte that is in no text
             'bos_token_id': end if tokenizer.eot is None else tokenizer.eot, 'eos_token_id': end, 'add_bos_token': False}
     keys = {f'tokenizer.ggml.{key}': value for key, value in keys.items()}
@@ -126,7 +127,7 @@ def write_gguf(path, model, tokenizer, quant, name):
         print(f'{name}: llama.cpp computes GELU by its approximation with tanh, this network exactly: its logits will differ by about 1e-3')
     coarse = [key for key, (_, form) in found.items() if form == 'F16' and quant != 'f16']
     if coarse:
-        print(f'{name}: {coarse[0]}' + f' and {len(coarse) - 1} others' * (len(coarse) > 1) + f' will be in f16: their rows are no multiple of 32, as {quant} wants them')
+        print(f'{name}: {coarse[0]}' + f' and {len(coarse) - 1} more' * (len(coarse) > 1) + f' will be in f16: their rows are no multiple of 32, as {quant} wants them')
     try:
         with atomic(path) as f:
             writer = gguf.GGUFWriter(f.name, kind)  # which opens the temporary file once more
@@ -144,7 +145,7 @@ def write_gguf(path, model, tokenizer, quant, name):
 
 
 def modelfile(gguf_name, tokenizer, context):
-    """The text of an Ollama Modelfile for the GGUF file beside it; context: as many tokens as the network sees."""
+    """The text of an Ollama Modelfile for the GGUF file beside it, written by Ollama's documentation; context: how many tokens the network sees."""
     chats = can_chat(tokenizer)
     stops = ''.join(f'PARAMETER stop "{stop}"\n' for stop in ['<|im_end|>'] * chats + [EOT])
     return f'FROM ./{gguf_name}\nTEMPLATE """{CHATML if chats else "{{ .Prompt }}"}"""\n{stops}PARAMETER num_ctx {context}\n'

@@ -23,8 +23,6 @@ lora_alpha = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_ran
 lora_dropout = 0.0  # on what goes into an adapter
 lora_targets = 'c_attn,c_proj,c_fc'  # names, or ends of names, of the Linears that get one; attn.c_proj and mlp.c_proj are two
 quantize_base = ''  # the weights that are not trained in 'int8', or in 'nf4' by bitsandbytes (QLoRA); '': in float32
-
-
 SETTINGS = 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets', 'quantize_base'
 
 
@@ -78,6 +76,22 @@ def check_lora(config):
     for key, value, why in (('optimizer', 'muon', 'adapters are no matrices for Muon'), ('parallel', 'fsdp', 'adapters are not sharded')):
         if config[key] == value:
             sys.exit(f'{key}={value}: {why}; leave it out with --lora_rank={config["lora_rank"]}')
+
+
+def adapt(model, origin, resumed, known, config, given, run):
+    """
+    Give a network, which comes from `origin`, adapters where the settings `config` want some; a resumed one has its own or none, and then the settings become those. Ends
+    the script with one line where the command line, `given`, says otherwise. known: see add_adapters().
+    """
+    if config['lora_rank'] and not resumed:
+        add_adapters(model.to(run.device), {**{key: config[key] for key in SETTINGS}, 'base': origin, 'known': known, 'probe': probe(model)})
+    had = model.lora or {'lora_rank': 0}
+    for key in filter(had.__contains__, SETTINGS):
+        if key in given and config[key] != had[key]:
+            sys.exit(f'--{key}={config[key]} contradicts {origin}, which has {key}={had[key]}; leave it out, or choose another --out_dir')
+        config[key] = had[key]
+    if model.lora:
+        print(describe_adapters(model))
 
 
 def add_adapters(model, lora):

@@ -177,6 +177,11 @@ def test_training(objective, kind, base, folder, tmp_path):  # noqa: F811
     run_script('train.py', *args, f'--init_from={source}', f'--out_dir={tmp_path / "parts"}', '--max_iters=2')
     result = run_script('train.py', *[arg for arg in args if 'quantize' not in arg], '--init_from=resume', f'--out_dir={tmp_path / "parts"}')
     assert result.code == 0 and 'at step 2' in result.out, result.err
+    if objective == 'sft':
+        result = run_script('train.py', *args, '--init_from=resume', f'--out_dir={tmp_path / "parts"}', '--lora_rank=5')
+        assert result.code == 1 and '--lora_rank=5 contradicts' in result.err and 'lora_rank=4' in result.err, result.err
+        result = run_script('train.py', *args, '--init_from=resume', f'--out_dir={source}')
+        assert result.code == 1 and '--lora_rank=4 contradicts' in result.err, result.err
     whole, parts = (load_checkpoint(str(tmp_path / name / 'ckpt.pt')) for name in ('whole', 'parts'))
     for key in ('model', 'optimizer', 'model_args', 'lora', 'best_val_loss'):
         assert same_state(whole[key], parts[key]), key

@@ -15,7 +15,7 @@ from core.tokenizer import gpt2_tokenizer
 SMALL = ['--max_iters=2', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=2', '--n_layer=1', '--n_head=1', '--n_kv_head=0', '--n_embd=16',
          '--block_size=16', '--compile=False', '--wandb_log=False']
 BY_MAKE = ('git clone', 'make ', 'python3 -m venv', '. .venv', 'pip install')  # `make` runs these, and test_demo below runs `make demo`
-STAGES = '## From a text to a model that answers'
+STAGES = ('## From a text to a model that answers', '## LoRA', '## Take it with you')
 FEW = ['--max_iters=1', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=2', '--compile=False']  # for networks whose shape comes with their weights
 LEFT_OUT = shutil.ignore_patterns('.git', '.venv*', 'out*', '*.bin', 'meta.*', 'tokenizer.json', 'input.txt', 'input', '__pycache__')
 
@@ -63,14 +63,20 @@ def stand_ins(house, tmp_path):
             (house / 'data' / 'classics_bbpe' / 'input' / f'{name}.txt').write_text(name + chinese * 40, encoding='utf-8')
 
 
+def make_qwen3(folder):
+    """A tiny stand-in for the hub's."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    Qwen3ForCausalLM(Qwen3Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)).save_pretrained(folder)
+
+
 @pytest.mark.network
 def test_commands_run(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel
     house = tmp_path / 'stonegpt'
     shutil.copytree(ROOT, house, ignore=LEFT_OUT)
     GPT2LMHeadModel(GPT2Config(n_positions=16, n_embd=16, n_layer=1, n_head=1)).save_pretrained(tmp_path / 'gpt2')
     (tmp_path / 'gpt2' / 'tokenizer.json').write_text(gpt2_tokenizer().json, encoding='utf-8')
-    Qwen3ForCausalLM(Qwen3Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)).save_pretrained(tmp_path / 'Qwen3-0.6B')
+    make_qwen3(tmp_path / 'Qwen3-0.6B')
     stand_ins(house, tmp_path)
     environment = {**os.environ, 'DATA_MIRROR': str(tmp_path / 'mirror'), 'HOME': str(tmp_path), 'OMP_NUM_THREADS': '1',
                    'XDG_CACHE_HOME': os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')}
@@ -120,23 +126,29 @@ def stage_house(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.network
 def test_stages_run(tmp_path):
     house, environment = stage_house(tmp_path)
-    first = ['python data/any_text/prepare.py --input=my.txt --tokenizer=char', 'python train.py config/train_shakespeare_char_cpu.py --dataset=my --out_dir=out-my --block_size=64']
+    make_qwen3(tmp_path / 'Qwen3-0.6B')
+    first = ['python data/any_text/prepare.py --input=my.txt --tokenizer=char', 'python train.py config/train_shakespeare_char_cpu.py --dataset=my --out_dir=out-my --block_size=64',
+             'python data/hongloumeng_qwen2/prepare.py', 'python train.py config/train_hongloumeng_qwen2.py config/qwen3.py --block_size=64']
     done = 0
     for command in first + commands('README.md', STAGES):
         if command.startswith(('bash ', 'pip install')) or '--serve' in command:  # below, and in test_chat.py
             continue
         words = shlex.split(command)
         if 'train.py' in words:
-            words += FEW + ['--n_layer=1', '--n_head=1', '--n_embd=16'] * ('init_from' not in command and ('pretrain' in command or 'shakespeare' in command))
+            words += FEW + ['--n_layer=1', '--n_head=1', '--n_embd=32'] * ('init_from' not in command and any(name in command for name in ('pretrain', 'shakespeare', 'hongloumeng')))
+            words += [f'--init_from={tmp_path / "Qwen3-0.6B"}', '--sample_tokens=4'] * ('Qwen3' in command)
             words += ['--group_size=2', '--max_new_tokens=4'] * ('grpo' in command) + ['--sample_tokens=4', '--sample_prompts=dog'] * ('sft_chat' in command)
-        words += {'judge.py': ['--titles=2', '--max_new_tokens=4'], 'chat.py': ['--max_new_tokens=4']}.get(os.path.basename(words[1]), [])
+        words += {'judge.py': ['--titles=2', '--max_new_tokens=4'], 'chat.py': ['--max_new_tokens=4'], 'sample.py': ['--max_new_tokens=4']}.get(os.path.basename(words[1]), [])
         words = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run']}[words[0]] + words[1:]
         result = subprocess.run(words, cwd=house, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, encoding='utf-8', timeout=300)
         assert result.returncode == 0, f'{command}\n{result.stdout[-2000:]}\n{result.stderr[-9000:]}'
         done += 1
-    assert done == 15
+    assert done == 28
+    for name in ('exported/stone/model.safetensors', 'stone.gguf', 'stone-ollama/Modelfile', 'exported/out-lora/config.json', 'exported/adapter/adapter_config.json'):
+        assert (house / name).exists(), name
 
 
 @pytest.mark.slow
