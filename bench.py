@@ -12,11 +12,13 @@ How fast: the steps of any configuration, and what stands in docs/RECORDS.md, me
     python bench.py --what=memory --seconds=7200    # of a process that reads all over shards of 32 GB for two hours
     python bench.py --sample --nanogpt=../nanoGPT --transformers       # how fast GPT-2 124M writes, one text and ten, beside nanoGPT and transformers
     python bench.py --sample --network=char --new_tokens=63 --prompt_tokens=1     # the same of a character model of 0.8M parameters
+    python bench.py --sample --dtypes=int8 --samples=1 --llamacpp      # and in eight bits, beside llama.cpp's
     python bench.py --what=prepare --text=big.txt --tokenizer=qwen2     # text to shards, beside tiktoken's own encode_ordinary_batch
 
 Milliseconds and memory are those of whole steps of train.py, which is stopped after some: batches, forward, backward, optimizer. A step is
 one micro-batch unless --gradient_accumulation_steps says otherwise. What is no setting of this script goes to train.py.
 """
+import copy
 import importlib.util
 import json
 import os
@@ -34,6 +36,7 @@ import torch
 from core.checkpoint import checkpoint_path, describe, load_checkpoint
 from core.device import explain, measured_peak, setup
 from core.files import ROOT, find
+from core.llamacpp import write_gguf
 from core.optimizer import configure_optimizer
 from core.quantize import convert
 from core.sampling import draw
@@ -60,6 +63,7 @@ new_tokens = 256  # for 'sample': tokens that are written
 samples = '1,10'  # for 'sample': texts at once
 dtypes = 'float32,bfloat16,int8'  # for 'sample': of the weights
 transformers = False  # for 'sample': beside transformers' generate, in float32
+llamacpp = False  # for 'sample': beside llama.cpp's, of the same weights in Q8_0 (pip install gguf xllamacpp)
 text = ''  # a UTF-8 text for 'prepare'; some hundred MB, so that starting up does not count
 tokenizer = 'qwen2'  # for 'prepare': qwen2 (all of it) or gpt2
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -202,6 +206,28 @@ def bandwidth(device):
     return best
 
 
+def llamacpp_writer(model, prompt):
+    """A function in which llama.cpp, with its own settings and as many threads as PyTorch has, continues a prompt (1, T)."""
+    try:
+        import xllamacpp
+    except ImportError:
+        sys.exit('xllamacpp, which is llama.cpp for Python, is not installed: pip install gguf xllamacpp')
+    if prompt_tokens + new_tokens > model.config.block_size:
+        sys.exit(f'prompt_tokens={prompt_tokens}, new_tokens={new_tokens}: llama.cpp writes no more than fits into the context, {model.config.block_size} tokens')
+    with tempfile.TemporaryDirectory() as folder:  # what is open outlives it
+        params = xllamacpp.CommonParams()
+        params.model.path, params.hostnames, params.verbosity = os.path.join(folder, 'x.gguf'), [os.path.join(folder, 'x.sock')], -1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        write_gguf(params.model.path, model, char_tokenizer(map(chr, range(2**16, 2**16 + model.config.vocab_size - 1))), 'q8_0', network)
+        server = xllamacpp.Server(params)
+    question = {'prompt': prompt[0].tolist(), 'max_tokens': new_tokens, 'ignore_eos': True, 'cache_prompt': False,
+                'samplers': ['top_k', 'temperature'], 'top_k': 200, 'temperature': 0.8}
+
+    def write():
+        assert server.handle_completions(question)['usage']['completion_tokens'] == new_tokens
+    return write
+
+
 def compare_sampling():
     """Tokens per second, medians of `runs`, all in turn."""
     shape = {'gpt2': dict(bias=True), 'char': dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, bias=False)}
@@ -211,7 +237,8 @@ def compare_sampling():
     device = setup(dtype='float32').device
     limit = bandwidth(device)
     prompt = torch.randint(arguments['vocab_size'], (1, prompt_tokens), device=device)
-    print(f'{describe(GPT(GPTConfig(**arguments)))}; {device} reads {limit / 1e9:.1f} GB a second; {prompt_tokens} tokens, {new_tokens} more', flush=True)
+    weights = GPT(GPTConfig(**arguments))
+    print(f'{describe(weights)}; {device} reads {limit / 1e9:.1f} GB a second; {prompt_tokens} tokens, {new_tokens} more', flush=True)
     writers = {}  # {name: (texts at once, function that writes and returns when the first token came, bytes read for each step or None)}
     if nanogpt:
         spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(nanogpt, 'model.py'))
@@ -227,6 +254,9 @@ def compare_sampling():
         writers['transformers'] = 1, lambda: peer.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.8, top_k=200,
                                                            max_new_tokens=new_tokens, pad_token_id=0), None
 
+    if llamacpp:
+        writers['llama.cpp'] = 1, llamacpp_writer(weights, prompt), None
+
     def writer(model, count, dtype):
         def write():
             torch.backends.mkldnn.set_flags(dtype != 'float32')  # as convert() has set it for this one
@@ -238,8 +268,8 @@ def compare_sampling():
         return write
     for dtype in dtypes.split(','):
         for count in map(int, samples.split(',')):
-            model = convert(GPT(GPTConfig(**arguments)).to(device), dtype, count)
-            size = sum(p.numel() for name, p in GPT(GPTConfig(**arguments)).named_parameters() if 'wpe' not in name) * {'float32': 4, 'int8': 1}.get(dtype, 2)
+            model = convert(copy.deepcopy(weights).to(device), dtype, count)
+            size = sum(p.numel() for name, p in weights.named_parameters() if 'wpe' not in name) * {'float32': 4, 'int8': 1}.get(dtype, 2)
             writers[f'{dtype}, {count}'] = count, writer(model, count, dtype), size
             T = min(512, arguments['block_size'])
             with torch.no_grad():
@@ -252,12 +282,13 @@ def compare_sampling():
             firsts[name].append(write())
             times[name].append(time.perf_counter() - t0)
             print(f'{name}: {count * new_tokens / times[name][-1]:,.1f} tokens a second', flush=True)
-    print('                 tokens/s  ms per step  first token after  of the bandwidth' + '  / nanoGPT' * bool(nanogpt) + '  / transformers' * transformers)
+    others = ['nanoGPT'] * bool(nanogpt) + ['transformers'] * transformers + ['llama.cpp'] * llamacpp
+    print('                 tokens/s  ms per step  first token after  of the bandwidth' + ''.join(f'  / {other}' for other in others))
     for name, (count, _, size) in writers.items():
         seconds = statistics.median(times[name])
         row = f'{name:14} {count * new_tokens / seconds:10,.1f} {seconds / new_tokens * 1000:12.2f}'
         row += ' ' * 37 if size is None else f' {statistics.median(firsts[name]) * 1000:15.1f} ms {size * new_tokens / seconds / limit:17.2f}'
-        for other in ['nanoGPT'] * bool(nanogpt) + ['transformers'] * transformers:
+        for other in others:
             row += f'{count * statistics.median(times[other]) / seconds:11.2f}'
         print(row)
 

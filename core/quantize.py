@@ -1,5 +1,6 @@
 """The weights of a network, or of what is frozen in it, that are only read from now on: in half the bytes, in a quarter, in an eighth, and laid out as the CPU reads them fastest."""
 import functools
+import logging
 import sys
 
 import torch
@@ -94,6 +95,7 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features, self.kind, self.bias = linear.in_features, linear.out_features, kind, linear.bias
         weight = linear.weight.detach()
         if kind == 'nf4':
+            logging.getLogger('bitsandbytes').setLevel(logging.ERROR)  # on a CPU it misses a kernel that nothing here calls
             try:
                 from bitsandbytes import functional
             except ImportError:
