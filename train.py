@@ -26,7 +26,7 @@ from core.device import all_reduce, catch_signals, check_memory, compile_or_not,
 from core.files import find
 from core.guard import check_disk, same_everywhere, watch_spikes
 from core.log import Log
-from core.lora import adapt, check_lora, trained_weights
+from core.lora import adapt, trained_weights
 from core.optimizer import OPTIMIZERS, configure_optimizer
 from core.parallel import shard, whole
 from core.samples import encode_prompts, show_batch, show_samples
@@ -138,8 +138,6 @@ if max_iters < -1 or lr_decay_iters < -1 or not 0 <= cooldown <= 1:
 if eval_iters == 0 or not 0 <= dropout < 1:
     sys.exit(f'eval_iters={eval_iters}, dropout={dropout}: expected eval_iters above 0 or -1 (all), and dropout in [0, 1)')
 
-check_lora(config)
-
 # --- device, processes, and this process's share of a step
 run = setup(device, dtype, backend, seed, training=True)  # from here on only the first process prints
 run.sharded = parallel == 'fsdp' and run.world_size > 1
@@ -246,7 +244,7 @@ if run.master and not eval_only:
 
 network = compile_or_not(model, micro_rows, block_size, run, bool(data.kind)) if compile and not eval_only else model  # computes the losses that are differentiated
 if run.ddp and not run.sharded:
-    network = DDP(network, device_ids=[run.device] if run.device_type == 'cuda' else None)  # and averages gradients over the processes
+    network = DDP(network, device_ids=[run.device] if run.device_type == 'cuda' else None, broadcast_buffers=False)  # and averages gradients over the processes
 params = list(model.parameters())
 
 

@@ -117,13 +117,16 @@ def build_model(checkpoint, path, device='cpu', **overrides):
 def adapted_base(checkpoint, path, device, **overrides):
     """The network that a checkpoint's adapters belong to, with new ones in their places."""
     lora, args = checkpoint['lora'], GPTConfig(**checkpoint['model_args'])
-    print(f'{path} has adapters alone; their base is {lora["base"]}')
-    model, _ = load_model(lora['base'], **overrides)
+    base = lora['base_path'] if os.path.exists(lora['base_path']) else lora['base']
+    if lora['base_path'] and not os.path.exists(find(base)):
+        sys.exit(f'{path}: it has adapters alone, and their base is gone: {lora["base_path"]}; put it back there, or where {lora["base"]} finds it from here')
+    print(f'{path} has adapters alone; their base is {base}')
+    model, _ = load_model(base, **overrides)
     if probe(model).shape != lora['probe'].shape or not probe(model).allclose(lora['probe'], atol=1e-5):
         sys.exit(f'{path}: its adapters belong to other weights than those that are in {lora["base"]} now; put back what it was trained from')
     resize_vocabulary(model, lora['known'], args.vocab_size)
     model.crop_block_size(args.block_size)
-    add_adapters(model.to(device), lora)
+    add_adapters(model, lora, device)
     if args.reward and not model.config.reward:
         new_reward_head(model)
     return model
@@ -144,7 +147,7 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
     folder = find(init_from)
     if init_from == 'resume':
         path = checkpoint_path(out_dir, ckpt)
-    elif os.path.isfile(folder):
+    elif os.path.isfile(folder) or folder.endswith('.pt'):
         path = folder
     elif os.path.exists(os.path.join(folder, 'ckpt.pt')):
         path = checkpoint_path(folder)
@@ -194,13 +197,13 @@ def resize_vocabulary(model, known, rows):
     From now on a vocabulary of so many rows, of which the `known` first ones are as before, and the others start as the mean of these
     (Hewitt 2021: https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
-    for module in {model.transformer.wte, model.lm_head}:
+    for module in {model.transformer.wte, model.transformer.wte if model.config.reward else model.lm_head}:
         old = module.weight.detach()
         new = old[:known].mean(dim=0).repeat(rows, 1)
         new[:known] = old[:known]
         module.weight = torch.nn.Parameter(new)
     model.config.vocab_size = len(new)
-    if model.config.tied:
+    if model.config.tied and not model.config.reward:
         model.transformer.wte.weight = model.lm_head.weight
 
 
@@ -209,7 +212,7 @@ def load_reference(path, data, run, model=None):
     A network that is not trained but asked, on the device: a checkpoint, a run's folder or a Hugging Face model's, with the vocabulary of the dataset. Where it is the base
     of the adapters of `model`, that itself without them: the weights are in memory once.
     """
-    if model and model.lora and path == model.lora['base']:
+    if model and model.lora and (path == model.lora['base'] or os.path.realpath(find(path)) == model.lora['base_path']):
         return without_adapters(model)
     model, source = load_model(path)
     fit_vocabulary(model, source, data, path)

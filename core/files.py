@@ -37,7 +37,12 @@ def atomic_folder(path):
         yield temporary
         if os.path.exists(path):
             os.rename(path, old)
-        os.rename(temporary, path)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if os.path.exists(old):
+                os.rename(old, path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

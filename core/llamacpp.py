@@ -128,20 +128,17 @@ def write_gguf(path, model, tokenizer, quant, name):
     coarse = [key for key, (_, form) in found.items() if form == 'F16' and quant != 'f16']
     if coarse:
         print(f'{name}: {coarse[0]}' + f' and {len(coarse) - 1} more' * (len(coarse) > 1) + f' will be in f16: their rows are no multiple of 32, as {quant} wants them')
-    try:
-        with atomic(path) as f:
-            writer = gguf.GGUFWriter(f.name, kind)  # which opens the temporary file once more
-            for key, value in keys.items():
-                writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value))
-            for key, (p, form) in found.items():
-                form = gguf.GGMLQuantizationType[form]
-                writer.add_tensor(key, gguf.quantize(p.numpy(), form), raw_dtype=form)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-    except OSError as error:
-        sys.exit(f'{path}: could not be written: {error}')
+    with atomic(path) as f:
+        writer = gguf.GGUFWriter(f.name, kind)  # which opens the temporary file once more
+        for key, value in keys.items():
+            writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value))
+        for key, (p, form) in found.items():
+            form = gguf.GGMLQuantizationType[form]
+            writer.add_tensor(key, gguf.quantize(p.numpy(), form), raw_dtype=form)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def modelfile(gguf_name, tokenizer, context):

@@ -13,6 +13,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
+from core.files import find
 from core.pretrained import LAYERS, architecture_of, split_rows
 from core.quantize import FrozenLinear
 from model import GPTConfig, dropout
@@ -55,36 +56,31 @@ class NewRows(nn.Module):
 
 def replace(model, kind, new):
     """Put new(child) in the place of each child module of this kind."""
-    for module in list(model.modules()):
+    for module in [module for module in model.modules() if not isinstance(module, kind)]:  # nobody holds a child that has been replaced
         for name, child in module.named_children():
             if isinstance(child, kind):
                 setattr(module, name, new(child))
 
 
-def check_lora(config):
-    """End the script with one line where LoRA's settings, or others beside them, cannot be."""
+def adapt(model, origin, resumed, known, config, given, run):
+    """
+    Give a network, which comes from `origin`, adapters where the settings `config` want some; a resumed one has its own or none, and then the settings become those. Ends
+    the script with one line where they cannot be, or the command line, `given`, says otherwise. known: see add_adapters().
+    """
     if config['lora_rank'] < 0 or config['lora_alpha'] <= 0 or not 0 <= config['lora_dropout'] < 1:
         sys.exit(f'lora_rank={config["lora_rank"]}, lora_alpha={config["lora_alpha"]}, lora_dropout={config["lora_dropout"]}: expected at least 0, above 0, and in [0, 1)')
     if config['quantize_base'] not in ('', 'int8', 'nf4'):
         sys.exit(f'quantize_base={config["quantize_base"]}: expected int8 or nf4')
-    if not config['lora_rank']:
-        if config['quantize_base']:
-            sys.exit(f'quantize_base={config["quantize_base"]}: only what is not trained can be quantised; set --lora_rank=16')
-        return
-    if config['init_from'] == 'scratch':
-        sys.exit(f'lora_rank={config["lora_rank"]}: adapters stand beside weights that are good already; say whose: --init_from=...')
+    if config['quantize_base'] and not (config['lora_rank'] or model.lora):
+        sys.exit(f'quantize_base={config["quantize_base"]}: only what is not trained can be quantised; set --lora_rank=16')
     for key, value, why in (('optimizer', 'muon', 'adapters are no matrices for Muon'), ('parallel', 'fsdp', 'adapters are not sharded')):
-        if config[key] == value:
-            sys.exit(f'{key}={value}: {why}; leave it out with --lora_rank={config["lora_rank"]}')
-
-
-def adapt(model, origin, resumed, known, config, given, run):
-    """
-    Give a network, which comes from `origin`, adapters where the settings `config` want some; a resumed one has its own or none, and then the settings become those. Ends
-    the script with one line where the command line, `given`, says otherwise. known: see add_adapters().
-    """
+        if config[key] == value and (config['lora_rank'] or model.lora):
+            sys.exit(f'{key}={value}: {why}; leave it out where LoRA is trained')
     if config['lora_rank'] and not resumed:
-        add_adapters(model.to(run.device), {**{key: config[key] for key in SETTINGS}, 'base': origin, 'known': known, 'probe': probe(model)})
+        if origin == 'scratch':
+            sys.exit(f'lora_rank={config["lora_rank"]}: adapters stand beside weights that are good already; say whose: --init_from=...')
+        lora = {key: config[key] for key in SETTINGS} | {'base': origin, 'base_path': os.path.realpath(find(origin)) if os.path.exists(find(origin)) else ''}
+        add_adapters(model, {**lora, 'known': known, 'probe': probe(model)}, run.device)
     had = model.lora or {'lora_rank': 0}
     for key in filter(had.__contains__, SETTINGS):
         if key in given and config[key] != had[key]:
@@ -94,15 +90,18 @@ def adapt(model, origin, resumed, known, config, given, run):
         print(describe_adapters(model))
 
 
-def add_adapters(model, lora):
+def add_adapters(model, lora, device='cpu'):
     """
-    Freeze a network, on its device, and give it adapters, in place. lora: the SETTINGS and 'known': so many rows of the vocabulary are the base's; those below, of
+    Freeze a network, bring it to the device, with a quantised base layer by layer, and give it adapters, in place. lora: the SETTINGS and 'known': so many rows of the vocabulary are the base's; those below, of
     tokens that it never saw, are trained as well. Ends the script with one line where the targets match nothing.
     """
     model.lora = lora
     model.requires_grad_(False)
     if lora['quantize_base']:
-        replace(model.transformer.h, nn.Linear, lambda linear: FrozenLinear(linear, lora['quantize_base']))
+        replace(model.transformer.h, nn.Linear, lambda linear: FrozenLinear(linear, lora['quantize_base'], device))
+    model.to(device)
+    if model.config.reward:
+        model.lm_head.requires_grad_(True)  # small, and what the answers are judged by
     targets = [target.strip() for target in lora['lora_targets'].split(',') if target.strip()]
     layers = {name: module for name, module in model.transformer.h.named_modules() if isinstance(module, (nn.Linear, FrozenLinear))}
     unmatched = [target for target in targets if not any(f'.{name}'.endswith(f'.{target}') for name in layers)]
@@ -113,14 +112,14 @@ def add_adapters(model, lora):
         if any(f'.{name}'.endswith(f'.{target}') for target in targets):
             parent, _, child = name.rpartition('.')
             setattr(model.transformer.h.get_submodule(parent), child, LoRALinear(layer, lora['lora_rank'], lora['lora_alpha'], lora['lora_dropout']))
-    old = model.transformer.wte.weight, model.lm_head.weight
-    if lora['known'] < len(old[0]):
-        tied, added = old[0] is old[1], {}
-        for module, weight in zip((model.transformer.wte, model.lm_head), old):
-            if not tied or not added:
-                added = {'base': nn.Parameter(weight[:lora['known']].clone(), requires_grad=False), 'rows': NewRows(weight[lora['known']:].clone())}
-            module.weight = added['base']
-            register_parametrization(module, 'weight', added['rows'], unsafe=True)  # it changes the shape
+    known, halves = lora['known'], {}  # of each matrix of the vocabulary, one where it is tied: the rows that stay, those that are trained
+    for module in [model.transformer.wte] + [model.lm_head] * (not model.config.reward):
+        weight = module.weight
+        if known < len(weight):
+            if id(weight) not in halves:
+                halves[id(weight)] = weight, nn.Parameter(weight[:known].clone(), requires_grad=False), NewRows(weight[known:].clone())
+            _, module.weight, rows = halves[id(weight)]
+            register_parametrization(module, 'weight', rows, unsafe=True)  # it changes the shape
 
 
 def describe_adapters(model):
@@ -178,9 +177,9 @@ def probe(model):
     return torch.cat([p.detach().flatten()[::max(1, p.numel() // 16)][:16].cpu() for p in model.transformer.h.parameters()])
 
 
-def save_adapter(folder, checkpoint, name):
+def save_adapter(folder, checkpoint, dtype, name):
     """
-    Write what peft reads, adapter_config.json and adapter_model.safetensors, for the base as transformers has it. One matrix A of ours that serves queries, keys and
+    Write what peft reads, adapter_config.json and adapter_model.safetensors, for the base as transformers has it, in `dtype`. One matrix A of ours that serves queries, keys and
     values stands there with each of them. Ends the script with one line where more than adapters was trained.
     """
     lora, config, tensors, targets = checkpoint['lora'], GPTConfig(**checkpoint['model_args']), {}, set()
@@ -193,7 +192,7 @@ def save_adapter(folder, checkpoint, name):
         _, _, block, layer = layer.split('.', 3)
         names = [f'transformer.h.{block}.{layer}'] if kind == 'gpt2' else [f'model.layers.{block}.{other}' for other in LAYERS[layer]]
         parts = [p] * len(names) if part == 'lora_A' or len(names) == 1 else p.split(split_rows(layer, config))
-        tensors.update((f'base_model.model.{other}.{part}.weight', tensor.contiguous().clone()) for other, tensor in zip(names, parts))
+        tensors.update((f'base_model.model.{other}.{part}.weight', tensor.to(getattr(torch, dtype), copy=True)) for other, tensor in zip(names, parts))
         targets.update('.'.join(other.split('.')[-2:]) for other in names)
     about = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': lora['base'], 'r': lora['lora_rank'], 'lora_alpha': lora['lora_alpha'], 'lora_dropout': lora['lora_dropout'],
              'target_modules': sorted(targets), 'fan_in_fan_out': kind == 'gpt2', 'bias': 'none', 'inference_mode': True}

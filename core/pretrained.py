@@ -2,8 +2,8 @@
 import json
 import os
 import re
-import shutil
 import sys
+import zipfile
 
 import torch
 
@@ -81,7 +81,7 @@ def theirs(key, p, config):
 def load_pretrained(name, dropout=0.0):
     """
     The network of a Hugging Face model, in float32: name is a folder with config.json and *.safetensors or pytorch_model.bin, or a repository
-    on the hub ('gpt2', 'Qwen/Qwen3-0.6B'). Its files are mapped, not read, so the weights are in memory once. Ends the script with one line where it
+    on the hub ('gpt2', 'Qwen/Qwen3-0.6B'). Its files are mapped, so the weights are in memory once. Ends the script with one line where it
     is of another architecture or its files are damaged.
     """
     folder = download_pretrained(name)
@@ -94,6 +94,8 @@ def load_pretrained(name, dropout=0.0):
             sys.exit(f'{name}: its architecture is {kind}; supported are {", ".join(ARCHITECTURES)}')
         config = ARCHITECTURES[kind](hf, name)
         config.dropout = dropout
+        if min(config.block_size, config.n_layer) < 1:
+            raise ValueError(f'{config.n_layer} layers, a context of {config.block_size}')
         with torch.device('meta'):
             model = GPT(config)  # whether these numbers make a network
     except (KeyError, ValueError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
@@ -107,6 +109,7 @@ def load_pretrained(name, dropout=0.0):
     ours = {key: view for name, p in model.named_parameters() for key, view in theirs(name, p.detach(), config)}
     ignored = {key for key in state if re.search(r'\.attn\.(masked_)?bias$|\.inv_freq$', key) or key == 'lm_head.weight' and config.tied}  # no parameters
     wrong = {f'{key} is missing' for key in ours.keys() - state} | {f'{key} is unknown' for key in state.keys() - ours - ignored}
+    wrong |= {f'{key} is {state[key].dtype}, expected floating point' for key in ours.keys() & state if not state[key].is_floating_point()}
     wrong |= {f'{key} is {tuple(state[key].shape)}, expected {tuple(p.shape)}' for key, p in ours.items() if key in state and state[key].shape != p.shape}
     if wrong:
         sys.exit(f'{name}: its weights do not fit its config.json: {"; ".join(sorted(wrong))}')
@@ -131,14 +134,15 @@ def download_pretrained(name):
 
 
 def load_weights(folder):
-    """The tensors of a Hugging Face folder, by name: those of its index, *.safetensors, or pytorch_model.bin (never unpickled beyond tensors)."""
+    """The tensors of a Hugging Face folder, by name: model.safetensors, the shards of its index, or pytorch_model.bin (never unpickled beyond tensors)."""
     from safetensors.torch import load_file
     state, index = {}, os.path.join(folder, 'model.safetensors.index.json')
     names = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors')) or ['pytorch_model.bin']
+    names = ['model.safetensors'] if 'model.safetensors' in names else names  # and not what else lies there
     if os.path.exists(index):
         try:
             with open(index, encoding='utf-8') as f:
-                names = sorted(set(json.load(f)['weight_map'].values()))
+                names = sorted({os.path.basename(name) for name in json.load(f)['weight_map'].values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             sys.exit(f'{index}: damaged ({type(error).__name__}: {error})')
     missing = [name for name in names if not os.path.exists(os.path.join(folder, name))]
@@ -147,7 +151,9 @@ def load_weights(folder):
     for name in names:
         path = os.path.join(folder, name)
         try:
-            state.update(load_file(path) if name.endswith('.safetensors') else torch.load(path, map_location='cpu', weights_only=True))
+            state.update(load_file(path) if name.endswith('.safetensors') else torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)))
+            if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+                raise TypeError
         except Exception as error:  # nearly every kind there is
             sys.exit(f'{path}: not a file of tensors alone, or a damaged one ({type(error).__name__})')
     return state
@@ -195,5 +201,3 @@ def save_pretrained(folder, model, tokenizer, dtype, name):
     with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8', newline='') as f:
         f.write(tokenizer.json)
     save_torch_state_dict(hf_weights(model, getattr(torch, dtype)), folder, max_shard_size='4GB', metadata={'format': 'pt'})
-    for file in os.listdir(folder):
-        shutil.copymode(os.path.join(folder, 'config.json'), os.path.join(folder, file))  # safetensors lets nobody else read its files

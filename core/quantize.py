@@ -90,7 +90,7 @@ class FrozenLinear(nn.Module):
     (QLoRA, Dettmers et al. 2023: https://arxiv.org/abs/2305.14314). They are unpacked whenever they multiply, so never more than one layer's at a time.
     """
 
-    def __init__(self, linear, kind):
+    def __init__(self, linear, kind, device='cpu'):
         super().__init__()
         self.in_features, self.out_features, self.kind, self.bias = linear.in_features, linear.out_features, kind, linear.bias
         weight = linear.weight.detach()
@@ -102,9 +102,11 @@ class FrozenLinear(nn.Module):
                 sys.exit("quantize_base=nf4 needs another package: pip install bitsandbytes; or --quantize_base=int8, which needs none")
             self.functional = functional
             weight, self.factors = functional.quantize_4bit(weight, quant_type='nf4', compress_statistics=True)  # the factors in eight bits, too
+            self.factors.to(device)  # quantised where the linear is, so that a base is the same wherever it is used
         else:
-            weight, self.factors = eight_bits(weight)
-        self.register_buffer('weight', weight)
+            weight, factors = eight_bits(weight)
+            self.factors = factors.to(device)
+        self.register_buffer('weight', weight.to(device))
 
     def unpacked(self, dtype):
         """The weights (out, in)."""

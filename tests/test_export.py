@@ -1,6 +1,7 @@
 """export.py's Hugging Face folders against transformers; of GGUF see test_gguf.py."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -119,6 +120,8 @@ def test_command(tiny_run, tmp_path):
     assert result.code == 1 and '--force' in result.err and sorted(os.stat(to / file).st_ino for file in os.listdir(to)) == before
     result = run_script('export.py', f'--out_dir={tiny_run}', f'--to={to}', '--force', '--quant=f16')
     assert result.code == 0 and json.loads((to / 'config.json').read_text(encoding='utf-8'))['dtype'] == 'float16' and os.listdir(to.parent) == ['stone']
+    result = run_script('export.py', f'--init_from={to}', f'--to={to}', '--force')
+    assert result.code == 1 and 'this is what is to be exported' in result.err
     (to / 'thesis.txt').touch()
     result = run_script('export.py', f'--out_dir={tiny_run}', f'--to={to}', '--force')
     assert result.code == 1 and 'thesis.txt' in result.err and (to / 'thesis.txt').exists() and result.err.count('\n') == 1
@@ -162,6 +165,44 @@ def test_shards(tmp_path, monkeypatch):
 def test_networks_between_the_styles(settings, names, tmp_path):
     line = exit_line(architecture_of, network(**settings).config, 'out-x')
     assert all(name in line for name in ['out-x', *names]), line
+
+
+def test_what_is_not_replaced(tiny_run, tmp_path):
+    """Not by --force either: folders and files that export.py has not written; and what a link points to is, not the link."""
+    write(tmp_path / 'theirs' / 'config.json', '{}')
+    write(tmp_path / 'weights.pt', b'weights')
+    write(tmp_path / 'mine' / 'README.md', '# mine')
+    write(tmp_path / 'old.gguf', b'GGUF, an older one')
+    os.symlink('old.gguf', tmp_path / 'link.gguf')
+    for to, form in (('theirs', 'hf'), ('weights.pt', 'gguf'), ('mine', 'ollama'), ('weights.pt', 'hf'), ('mine', 'gguf'), ('.', 'hf'), ('weights.pt/x', 'hf')):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+        result = run_script('export.py', f'--out_dir={tiny_run}', f'--format={form}', f'--to={tmp_path / to}', '--force')
+        assert result.code == 1 and result.err.count('\n') == 1 and f'to={tmp_path / to}'.removesuffix('/.') in result.err, result.err
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
+    pytest.importorskip('gguf')
+    result = run_script('export.py', f'--out_dir={tiny_run}', '--format=gguf', f'--to={tmp_path / "link.gguf"}', '--force')
+    assert result.code == 0 and os.path.islink(tmp_path / 'link.gguf') and os.path.getsize(tmp_path / 'old.gguf') > 1000, result.err
+
+
+def test_names(tiny_run, tmp_path):
+    """Of what nothing else is said of: the run's, also where it has a point in it or a checkpoint of it is given; printed so that a shell takes it."""
+    run = tmp_path / 'out v1.5 红'
+    shutil.copytree(tiny_run, run)
+    for args in ([f'--out_dir={run}'], [f'--ckpt={run / "ckpt.pt"}', '--force']):
+        result = run_script('export.py', *args, cwd=tmp_path)
+        assert result.code == 0 and "'--init_from=exported/out v1.5 红'" in result.out and os.listdir(tmp_path / 'exported') == [run.name], result.err
+    assert {oct(path.stat().st_mode) for path in (tmp_path / 'exported' / run.name).iterdir()} == {oct((run / 'run.json').stat().st_mode)}
+    result = run_script('export.py', f'--out_dir={run}', '--tokenizer=gpt2', f'--to={tmp_path / "x"}')
+    assert result.code == 1 and 'tokenizer=gpt2' in result.err and not os.path.exists(tmp_path / 'x')
+
+
+def test_a_full_disk(tiny_run, tmp_path):
+    """One line, and nothing is left."""
+    command = f'ulimit -f 20; exec "$@" --out_dir={tiny_run} --to={tmp_path / "x"}'
+    for form in ('hf', 'gguf'):
+        result = subprocess.run(['bash', '-c', command, 'bash', sys.executable, 'export.py', f'--format={form}'], cwd=ROOT, capture_output=True, text=True, encoding='utf-8')
+        assert result.returncode == 1 and result.stderr.count('\n') == 1 and 'could not be written' in result.stderr, result.stderr
+        assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize('args, names', [

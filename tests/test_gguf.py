@@ -298,7 +298,8 @@ def test_refusals(tmp_path, monkeypatch):
     assert 'layernorm' in exit_line(write_gguf, path, network(ours, **{**MODERN, 'norm': 'layernorm'}), ours, 'f32', 'a model')
     letters = with_spec(char_tokenizer('ab'), added_tokens=[], vocab={'a': 0, 'b': 1})
     assert EOT in exit_line(write_gguf, path, network(letters), letters, 'f32', 'a model')
-    assert 'nowhere' in exit_line(write_gguf, tmp_path / 'nowhere' / 'x.gguf', network(ours), ours, 'f32', 'a model')
+    with pytest.raises(OSError, match='nowhere'):
+        write_gguf(tmp_path / 'nowhere' / 'x.gguf', network(ours), ours, 'f32', 'a model')
     monkeypatch.setitem(__import__('sys').modules, 'gguf', None)
     assert 'pip install gguf' in exit_line(write_gguf, path, network(ours), ours, 'f32', 'a model')
     assert list(tmp_path.iterdir()) == []

@@ -144,7 +144,7 @@ def test_adapters_load_in_peft(style, tmp_path):
     (tmp_path / 'base').mkdir()
     save_pretrained(tmp_path / 'base', plain, tokenizer, 'float32', 'x')
     model = adapted(style)
-    lora = {**LORA, 'base': str(tmp_path / 'base'), 'probe': probe(load_model(str(tmp_path / 'base'))[0])}
+    lora = {**LORA, 'base': str(tmp_path / 'base'), 'base_path': '', 'probe': probe(load_model(str(tmp_path / 'base'))[0])}
     save_checkpoint({'model': trained_weights(model), 'model_args': vars(model.config), 'lora': lora, 'tokenizer': tokenizer.json, 'config': {}}, str(tmp_path / 'lora.pt'))
     idx = torch.randint(97, (3, 20))
     for to, merged in (('adapter', '--merge=False'), ('whole', '--merge=True')):
@@ -180,6 +180,8 @@ def test_training(objective, kind, base, folder, tmp_path):  # noqa: F811
     if objective == 'sft':
         result = run_script('train.py', *args, '--init_from=resume', f'--out_dir={tmp_path / "parts"}', '--lora_rank=5')
         assert result.code == 1 and '--lora_rank=5 contradicts' in result.err and 'lora_rank=4' in result.err, result.err
+        result = run_script('train.py', *TINY_LOADED, f'--dataset={dataset}', '--init_from=resume', f'--out_dir={tmp_path / "parts"}', '--optimizer=muon')
+        assert result.code == 1 and 'optimizer=muon' in result.err and result.err.count('\n') == 1, result.err
         result = run_script('train.py', *args, '--init_from=resume', f'--out_dir={source}')
         assert result.code == 1 and '--lora_rank=4 contradicts' in result.err, result.err
     whole, parts = (load_checkpoint(str(tmp_path / name / 'ckpt.pt')) for name in ('whole', 'parts'))
@@ -228,6 +230,19 @@ def test_a_base_that_is_adapters_itself(base, folder, tmp_path):  # noqa: F811
     assert (two(idx) - one(idx)).abs().max() > 1e-4
 
 
+def test_a_reward_model_as_base(base, folder, tmp_path):  # noqa: F811
+    """Its head, which is trained on, is taken along and comes back."""
+    args = [*TINY_LOADED, f'--dataset={folder / "pairs"}', '--objective=reward', '--learning_rate=1e-2']
+    result = run_script('train.py', *args, f'--init_from={base / "sft"}', f'--out_dir={tmp_path / "reward"}', '--max_iters=2')
+    assert result.code == 0, result.err
+    result = run_script('train.py', *args, f'--init_from={tmp_path / "reward"}', f'--out_dir={tmp_path / "lora"}', '--lora_rank=2')
+    assert result.code == 0, result.err
+    result = run_script('train.py', *args, '--init_from=resume', f'--out_dir={tmp_path / "lora"}', '--eval_only=True')
+    assert result.code == 0 and f'val loss {losses_of(tmp_path / "lora", "val_loss")[-1][1]:.4f}' in result.out, result.err
+    assert 'lm_head.weight' in load_checkpoint(str(tmp_path / 'lora' / 'ckpt.pt'))['model']
+    assert load_model(str(tmp_path / 'lora'))[0].lm_head.weight.shape == (1, 32)
+
+
 def test_another_base_is_noticed(base, folder, tmp_path):  # noqa: F811
     shutil.copy(base / 'sft' / 'ckpt.pt', tmp_path / 'base.pt')
     result = run_script('train.py', *TINY_LOADED, f'--dataset={folder / "sft"}', '--lora_rank=2', '--max_iters=1', f'--init_from={tmp_path / "base.pt"}', f'--out_dir={tmp_path / "lora"}')
@@ -250,6 +265,8 @@ def test_another_base_is_noticed(base, folder, tmp_path):  # noqa: F811
     (['--quantize_base=q4'], ['quantize_base=q4', 'int8', 'nf4']),
     (['--quantize_base=int8', '--lora_rank=0'], ['quantize_base=int8', '--lora_rank=16']),
     (['--init_from=scratch', '--n_embd=32', '--n_head=2', '--n_layer=1'], ['lora_rank=4', '--init_from']),
+    (['--init_from=auto'], ['lora_rank=4', '--init_from']),
+    (['--init_from=nowhere/best.pt'], ['nowhere/best.pt', 'no such checkpoint']),
     (['--optimizer=muon'], ['optimizer=muon']),
     (['--parallel=fsdp'], ['parallel=fsdp']),
 ], ids=str)

@@ -90,6 +90,18 @@ def test_shards(tmp_path):
     assert f'{shards[0].name} missing' in exit_line(load_pretrained, str(tmp_path))
 
 
+def test_damaged_weights(tmp_path):
+    hf = make(tmp_path, 'qwen3', max_shard_size='20KB')
+    (tmp_path / 'consolidated.safetensors').write_bytes(b'of something else')
+    assert equal(hf, tmp_path)
+    (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map": {"a": 3}}', encoding='utf-8')
+    assert 'index.json: damaged' in exit_line(load_pretrained, str(tmp_path))
+    for path in [*tmp_path.glob('*.safetensors*')]:
+        path.unlink()
+    torch.save({'model.norm.weight': 3}, tmp_path / 'pytorch_model.bin')
+    assert 'pytorch_model.bin' in exit_line(load_pretrained, str(tmp_path))
+
+
 def test_bf16(tmp_path):
     """Weights saved in bf16 are loaded in fp32, each as it is."""
     make(tmp_path / 'fp32', 'llama').bfloat16().save_pretrained(tmp_path / 'bf16')
@@ -109,6 +121,7 @@ def test_bf16(tmp_path):
     ('gpt2', {'scale_attn_by_inverse_layer_idx': True}, ["'scale_attn_by_inverse_layer_idx': True"]),
     ('llama', {'hidden_size': None}, ['config.json', 'damaged', 'hidden_size']),
     ('llama', {'hidden_size': 'wide'}, ['config.json', 'damaged']),
+    ('llama', {'max_position_embeddings': 0}, ['config.json', 'damaged', 'a context of 0']),
     ('llama', {'vocab_size': -1}, ['config.json', 'damaged']),
     ('gpt2', {'n_head': 0}, ['config.json', 'damaged']),
     ('gpt2', {'n_embd': 8.5}, ['config.json', 'damaged']),
@@ -143,7 +156,8 @@ def replace(key, *shape):
     (replace('model.layers.1.mlp.up_proj.weight', 47, 32), ['model.layers.1.mlp.up_proj.weight', '(47, 32)', '(48, 32)']),
     (replace('model.norm.weight', 1), ['model.norm.weight', '(1,)', '(32,)']),
     (replace('model.layers.1.self_attn.q_proj.bias', 32), ['model.layers.1.self_attn.q_proj.bias is unknown']),
-], ids=['missing', 'stacked', 'one that would be broadcast', 'unknown'])
+    (lambda state: state.update({'model.norm.weight': torch.ones(32, dtype=torch.int8)}), ['model.norm.weight is torch.int8']),
+], ids=['missing', 'stacked', 'one that would be broadcast', 'unknown', 'bytes'])
 def test_weights_that_do_not_fit(spoil, names, tmp_path):
     from safetensors.torch import load_file, save_file
     make(tmp_path, 'qwen3')
