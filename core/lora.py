@@ -92,8 +92,8 @@ def adapt(model, origin, resumed, known, config, given, run):
 
 def add_adapters(model, lora, device='cpu'):
     """
-    Freeze a network, bring it to the device, with a quantised base layer by layer, and give it adapters, in place. lora: the SETTINGS and 'known': so many rows of the vocabulary are the base's; those below, of
-    tokens that it never saw, are trained as well. Ends the script with one line where the targets match nothing.
+    Freeze a network, bring it to the device, with a quantised base layer by layer, and give it adapters, in place. lora: the SETTINGS and 'known': so many rows of
+    the vocabulary are the base's; those below, of tokens that it never saw, are trained as well. Ends the script with one line where the targets match nothing.
     """
     model.lora = lora
     model.requires_grad_(False)
