@@ -7,6 +7,7 @@ A step is known by the line that train.py prints about it. The file `result` get
 """
 import builtins
 import json
+import math
 import os
 import re
 import sys
@@ -81,7 +82,8 @@ except SystemExit as end:
 result = {'times': times[job['skip']:], 'memory': peak_memory(), 'parameters': sum(p.numel() for p in space['model'].parameters()), 'tokens': space['tokens_per_iter']}
 if 'run' in space:  # ours
     data = space['data']
-    result.update(flops=space['model'].flops_per_token() * space['tokens_per_iter'], device=space['run'].device, dtype=space['run'].dtype,
+    known = math.nan if getattr(space['model'], 'lora', None) else 1  # where not all is trained, other operations are spent
+    result.update(flops=known * space['model'].flops_per_token() * space['tokens_per_iter'], device=space['run'].device, dtype=space['run'].dtype,
                   config=space['config'], folder=os.path.abspath(data.folder), vocab_size=data.vocab_size)
 if profiler and len(times) > job['skip']:
     profiler.stop()
