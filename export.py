@@ -16,6 +16,7 @@ import sys
 
 from safetensors import SafetensorError
 
+from core.chat import can_chat
 from core.checkpoint import check_writes, describe, load_model, resize_vocabulary, source_tokenizer
 from core.device import explain
 from core.files import atomic_folder
@@ -131,5 +132,5 @@ print(f'wrote {to}: {sum(map(os.path.getsize, files)) / 1e6:,.1f} MB' + f' ({", 
 if adapter:
     print(f'now: PeftModel.from_pretrained(base, {to!r}), where base is {source["lora"]["base"]} as transformers opens it (if it is a run: exported, too)')
 else:
-    print('now: ' + shlex.join({'hf': ['python', 'sample.py', f'--init_from={to}'], 'gguf': ['llama-cli', '-m', to],
+    print('now: ' + shlex.join({'hf': ['python', 'chat.py' if can_chat(tokens) else 'sample.py', f'--init_from={to}'], 'gguf': ['llama-cli', '-m', to],
                                 'ollama': ['ollama', 'create', name, '-f', os.path.join(to, 'Modelfile')]}[format]))

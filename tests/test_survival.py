@@ -75,6 +75,7 @@ def close(a, b, loss, weights):
 # --- one process
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='no kill -9')
 def test_kills(tmp_path):
     """The short form of `python tests/kills.py 100`."""
