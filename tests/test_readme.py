@@ -69,6 +69,7 @@ def make_qwen3(folder):
     Qwen3ForCausalLM(Qwen3Config(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)).save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_commands_run(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
