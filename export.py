@@ -104,7 +104,7 @@ tokens = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
 rows, size = model.config.vocab_size, tokens.vocab_size
 if rows < size:
     print(f'the network has {rows:,} rows and the tokenizer {size:,} ids; the rows that are missing are added as the mean of the others')
-if rows < size or not isinstance(source, str):  # those that only round a number of ours up are left out; another's stay
+if rows < size or rows > size and isinstance(source, dict):  # those that only round a number of ours up are left out; another's stay
     resize_vocabulary(model, min(rows, size), size)
 adapter = isinstance(source, dict) and source.get('lora') and format == 'hf' and not merge
 try:

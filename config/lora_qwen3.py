@@ -1,5 +1,5 @@
-# Instruction tuning of a Qwen3 by LoRA, on one small GPU: --init_from=Qwen/Qwen3-0.6B, or a folder. With --quantize_base=nf4 (QLoRA) its weights take a quarter of
-# what bfloat16 would, so that larger ones fit. Conversations: data/chat/prepare.py --tokenizer=qwen2 --name=chat_qwen
+# Instruction tuning of a Qwen3 by LoRA, on one small GPU: --init_from=Qwen/Qwen3-0.6B, or a folder. With --quantize_base=nf4 (QLoRA) the weights of
+# its layers take a quarter of what bfloat16 would, so that larger ones fit; embedding and head stay float32. Conversations: data/chat/prepare.py --tokenizer=qwen2 --name=chat_qwen
 
 out_dir = 'out-lora'
 eval_interval = 100

@@ -122,7 +122,8 @@ def adapted_base(checkpoint, path, device, **overrides):
         sys.exit(f'{path}: it has adapters alone, and their base is gone: {lora["base_path"]}; put it back there, or where {lora["base"]} finds it from here')
     print(f'{path} has adapters alone; their base is {base}')
     model, _ = load_model(base, **overrides)
-    if probe(model).shape != lora['probe'].shape or not probe(model).allclose(lora['probe'], atol=1e-5):
+    found = probe(model)
+    if found.shape != lora['probe'].shape or not found.allclose(lora['probe'], atol=1e-5):
         sys.exit(f'{path}: its adapters belong to other weights than those that are in {lora["base"]} now; put back what it was trained from')
     resize_vocabulary(model, lora['known'], args.vocab_size)
     model.crop_block_size(args.block_size)

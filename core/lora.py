@@ -117,8 +117,8 @@ def add_adapters(model, lora, device='cpu'):
         weight = module.weight
         if known < len(weight):
             if id(weight) not in halves:
-                halves[id(weight)] = weight, nn.Parameter(weight[:known].clone(), requires_grad=False), NewRows(weight[known:].clone())
-            _, module.weight, rows = halves[id(weight)]
+                halves[id(weight)] = nn.Parameter(weight[:known].clone(), requires_grad=False), NewRows(weight[known:].clone())
+            module.weight, rows = halves[id(weight)]
             register_parametrization(module, 'weight', rows, unsafe=True)  # it changes the shape
 
 

@@ -21,13 +21,6 @@ WINDOWS = 40  # of the validation tokens, for the perplexity
 QUANTS = 'f32', 'f16', 'q8_0', 'q4_0'
 
 
-def told(llama, ids):
-    """The losses of every id but the first, in nats; NaN where llama.cpp tells none: of halves of characters."""
-    answers = [llama.complete(ids[:i], 1, logit_bias=[[ids[i], 1e6]]) for i in range(1, len(ids))]
-    assert [answer['tokens'] for answer in answers] == [[i] for i in ids[1:]]
-    return np.array([-answer['completion_probabilities'][0]['logprob'] if answer.get('completion_probabilities') else np.nan for answer in answers])
-
-
 @torch.no_grad()
 def measure(run):
     """{what: figure} of one run."""
@@ -57,7 +50,7 @@ def measure(run):
         several = llamacpp.texts(tokenizer, 200)
         same = [llamas['f32'].post('/tokenize', content=text, parse_special=False)['tokens'] == tokenizer.encode(text).tolist() for text in several]
         found['/tokenize'] = f'{sum(same)} of {len(several)}'
-        losses = {quant: np.stack([told(llama, ids) for ids in windows.tolist()]) for quant, llama in llamas.items()}  # (WINDOWS, T - 1) each
+        losses = {quant: np.stack([llama.losses(ids) for ids in windows.tolist()]) for quant, llama in llamas.items()}  # (WINDOWS, T - 1) each
         known = ~np.isnan(losses['f32'])
         reference = model(windows[:, :-1], windows[:, 1:]).numpy()
         error = np.abs(losses['f32'] - reference)[known]

@@ -62,10 +62,10 @@ class Llama:
         return self.post('/completion', prompt=prompt, n_predict=n, temperature=0, n_probs=1, return_tokens=True, **more)
 
     def losses(self, ids):
-        """Of every id but the first, in nats."""
+        """Of every id but the first, in nats; NaN where it tells none: of halves of characters."""
         asked = [self.complete(ids[:i], 1, logit_bias=[[ids[i], 1e6]]) for i in range(1, len(ids))]  # a bias changes what is chosen, not what is told
         assert [answer['tokens'] for answer in asked] == [[i] for i in ids[1:]]
-        return np.array([-answer['completion_probabilities'][0]['logprob'] for answer in asked])
+        return np.array([-answer['completion_probabilities'][0]['logprob'] if answer.get('completion_probabilities') else np.nan for answer in asked])
 
 
 PROSE = ('It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife.\n'
