@@ -33,17 +33,18 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from core.checkpoint import checkpoint_path, describe, load_checkpoint
 from core.device import explain, measured_peak, setup
 from core.files import ROOT, find
-from core.llamacpp import write_gguf
-from core.optimizer import configure_optimizer
-from core.quantize import convert
-from core.sampling import draw
-from core.saver import Saver
-from core.tokenizer import char_tokenizer
-from core.tokens import open_dataset
-from model import GPT, GPTConfig, attention
+from core.inference.generation import sample_token
+from core.text.dataset import open_dataset
+from core.text.tokenizer import char_tokenizer
+from core.training.optimizer import configure_optimizer
+from core.training.saver import Saver
+from core.weights.checkpoint import checkpoint_path, describe, load_checkpoint
+from core.weights.gguf import write_gguf
+from core.weights.quantize import prepare_for_inference
+from kernels import attention
+from model import GPT, GPTConfig
 from objectives import next_token
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ LAPTOP = ('config/train_shakespeare_char.py --device=cpu --compile=False --eval_
 
 # what one would write without us: pieces of a quarter of a million characters, as many threads as cores, one file
 BATCH = """
-import os, sys; import numpy as np; from core.tokenizer import load_tokenizer
+import os, sys; import numpy as np; from core.text.tokenizer import load_tokenizer
 text = open(sys.argv[1], encoding='utf-8').read(); encoding = load_tokenizer(sys.argv[2])._tiktoken; n = 1 << 18
 ids = encoding.encode_ordinary_batch([text[i:i + n] for i in range(0, len(text), n)], num_threads=len(os.sched_getaffinity(0)))
 with open(sys.argv[3], 'wb') as f:
@@ -106,10 +107,10 @@ def median_ms(function, repeats):
 
 
 def watch(folder, arguments, out, trace='', bare=False):
-    """What core/watch.py finds out about train.py in `folder`; None if its dataset is not there."""
+    """What benchmarks/run_and_time.py finds out about train.py in `folder`; None if its dataset is not there."""
     job = dict(folder=folder, result=os.path.join(out, 'result.json'), skip=2, steps=3 if trace else steps, seconds=seconds, trace=trace, bare=bare)
     print(f'running {os.path.join(folder, "train.py")}{" once more, for the trace" * bool(trace)}', flush=True)
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'core', 'watch.py'), json.dumps(job), *arguments], cwd=None if folder == ROOT else folder,
+    done = subprocess.run([sys.executable, os.path.join(ROOT, 'benchmarks', 'run_and_time.py'), json.dumps(job), *arguments], cwd=None if folder == ROOT else folder,
                           capture_output=True, encoding='utf-8', errors='replace', env={**os.environ, 'PYTHONUTF8': '1'})
     if done.returncode:
         error = (done.stderr.strip().splitlines() or [f'ended with {done.returncode}'])[-1]
@@ -261,14 +262,14 @@ def compare_sampling():
         def write():
             torch.backends.mkldnn.set_flags(dtype != 'float32')  # as convert() has set it for this one
             came, t0 = [], time.perf_counter()
-            for token in model.generate(prompt, new_tokens, lambda logits: draw(logits, torch.rand(count, 1, device=device), 0.8, 200), copies=count):
+            for token in model.generate(prompt, new_tokens, lambda logits: sample_token(logits, torch.rand(count, 1, device=device), 0.8, 200), copies=count):
                 token.tolist()  # waits for a GPU
                 came.append(time.perf_counter() - t0)
             return came[0]
         return write
     for dtype in dtypes.split(','):
         for count in map(int, samples.split(',')):
-            model = convert(copy.deepcopy(weights).to(device), dtype, count)
+            model = prepare_for_inference(copy.deepcopy(weights).to(device), dtype, count)
             size = sum(p.numel() for name, p in weights.named_parameters() if 'wpe' not in name) * {'float32': 4, 'int8': 1}.get(dtype, 2)
             writers[f'{dtype}, {count}'] = count, writer(model, count, dtype), size
             T = min(512, arguments['block_size'])

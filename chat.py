@@ -12,11 +12,12 @@ import json
 import os
 import sys
 
-from core.chat import can_chat
-from core.checkpoint import check_writes, load_model, source_tokenizer
 from core.device import explain, setup
-from core.quantize import convert
-from core.server import LIMITS, fit, reply, run_server, within
+from core.inference.conversation import LIMITS, check_range, fit_into_context, stream_reply
+from core.inference.server import run_server
+from core.text.chat_template import can_chat
+from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer
+from core.weights.quantize import prepare_for_inference
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the run in out_dir), a checkpoint, a run's or a Hugging Face model's folder
@@ -53,7 +54,7 @@ HELP = """/reset             forget the conversation
 A line that begins with a space is a message, whatever follows."""
 
 try:
-    settings = {key: within(key, config[key]) for key in LIMITS}
+    settings = {key: check_range(key, config[key]) for key in LIMITS}
     for key, low, high in (('port', 0, 65535), ('max_requests', 1, 10**6), ('max_body', 1, 2**40)):
         if not low <= config[key] <= high:
             raise ValueError(f'{key}={config[key]}: expected {low} to {high:,}')
@@ -76,26 +77,26 @@ if rate:
 
 run = setup(device, dtype, seed=seed)
 model, source = load_model(init_from, out_dir, ckpt)
-check_writes(model, out_dir if init_from == 'resume' else init_from)
+refuse_reward_model(model, out_dir if init_from == 'resume' else init_from)
 tokens = source_tokenizer(source)
 if not can_chat(tokens):
     sys.exit('this model has no chat template: its tokenizer lacks the tokens for it; instruction-tune it first, or continue a text with it by sample.py')
 if tokens.vocab_size > model.config.vocab_size:
     sys.exit(f'the tokenizer has {tokens.vocab_size:,} tokens, the model only {model.config.vocab_size:,}; is this the right tokenizer?')
-convert(model.to(run.device), run.dtype)
+prepare_for_inference(model.to(run.device), run.dtype)
 block_size = model.config.block_size
 
 
 def ask(messages):
     """The ids that ask for an answer, and the messages that they hold: with a quarter of the context left for it."""
-    return fit(messages, tokens, block_size, max(1, min(settings['max_new_tokens'], block_size // 4)))
+    return fit_into_context(messages, tokens, block_size, max(1, min(settings['max_new_tokens'], block_size // 4)))
 
 
 def answer(ids, *number):
     """Print the answer as it comes, drawn by the seed and `number`; returns it and why it is over, None where Ctrl-C ended it."""
     said, reason, length = '', None, 0
     with contextlib.suppress(() if prompt else KeyboardInterrupt):
-        for text, over in reply(model, tokens, ids, **{**settings, 'seed': [settings['seed'], *number]}):
+        for text, over in stream_reply(model, tokens, ids, **{**settings, 'seed': [settings['seed'], *number]}):
             print(text, end='', flush=True)
             said, reason, length = said + text, over, length + 1
     print()
@@ -155,7 +156,7 @@ def command(line):
                     raise ValueError(f'{key}: no such setting; expected {", ".join(settings)}')
                 with contextlib.suppress(ValueError):
                     value = type(LIMITS[key][0])(value)
-                settings[key] = within(key, value)
+                settings[key] = check_range(key, value)
             print(', '.join(f'{key}={value}' for key, value in settings.items()))
         except ValueError as error:
             print(error, file=sys.stderr)

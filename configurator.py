@@ -6,7 +6,7 @@
 #
 #     python train.py config/train_shakespeare_char.py --batch_size=32
 #
-# A script that has a setting `objective` takes the settings of objectives/<objective>.py too, and one with `_settings = 'core.prepare'`
+# A script that has a setting `objective` takes the settings of objectives/<objective>.py too, and one with `_settings = 'core.text.prepare'`
 # those of that module; it may give one of them another default by assigning it. `--help` prints them all, with the comment that stands
 # behind each. An unknown name or a value of the wrong type ends the script with one line that says what would be right.
 # What is left behind in the script: `config`, every setting with its value, and `config_given`, {name: texts} of those set on the command line

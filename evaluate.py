@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.checkpoint import check_writes, load_model, source_tokenizer
 from core.device import explain, setup
 from core.files import find
-from core.quantize import convert
-from core.scoring import harness, multiple_choice, read_choices
-from core.tokenizer import load_tokenizer
-from core.tokens import open_dataset
+from core.inference.scoring import harness, multiple_choice, read_choices
+from core.text.dataset import open_dataset
+from core.text.tokenizer import load_tokenizer
+from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer
+from core.weights.quantize import prepare_for_inference
 from objectives import next_token
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -117,12 +117,12 @@ def losses(model, tokens, run):
 
 for run in runs:
     model, source = load_model(init_from, out_dir, ckpt)
-    check_writes(model, out_dir if init_from == 'resume' else init_from)
+    refuse_reward_model(model, out_dir if init_from == 'resume' else init_from)
     tokens = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
     data = data or (source.get('config', {}).get('dataset', '') if isinstance(source, dict) and not tasks and not lm_eval else '')
     if not data and not tasks and not lm_eval:
         sys.exit('nothing to evaluate on: give --data (a dataset folder or a text file), --tasks or --lm_eval')
-    convert(model.to(run.device), run.dtype, batch_size * model.config.block_size)
+    prepare_for_inference(model.to(run.device), run.dtype, batch_size * model.config.block_size)
     if data:
         losses(model, tokens, run)
     for path, asked in questions.items():

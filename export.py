@@ -16,14 +16,15 @@ import sys
 
 from safetensors import SafetensorError
 
-from core.chat import can_chat
-from core.checkpoint import check_writes, describe, load_model, resize_vocabulary, source_tokenizer
 from core.device import explain
 from core.files import atomic_folder
-from core.llamacpp import modelfile, write_gguf
-from core.lora import save_adapter
-from core.pretrained import save_pretrained
-from core.tokenizer import load_tokenizer
+from core.text.chat_template import can_chat
+from core.text.tokenizer import load_tokenizer
+from core.weights.checkpoint import describe, load_model, refuse_reward_model, source_tokenizer
+from core.weights.gguf import modelfile, write_gguf
+from core.weights.huggingface import save_pretrained
+from core.weights.lora import save_adapter
+from core.weights.vocabulary import resize_vocabulary
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the run in out_dir), a checkpoint, a run's folder, or a GPT-2, Llama or Qwen3 (folder or hub)
@@ -97,7 +98,7 @@ try:
 except OSError as error:
     sys.exit(f'to={to}: {error}')
 model, source = load_model(init_from, out_dir, ckpt)
-check_writes(model, out_dir if init_from == 'resume' else init_from)
+refuse_reward_model(model, out_dir if init_from == 'resume' else init_from)
 if tokenizer and isinstance(source, dict) and source.get('tokenizer'):
     sys.exit(f'tokenizer={tokenizer}: {name} comes with the one that it was trained on; leave it out')
 tokens = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)

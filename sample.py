@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.checkpoint import check_writes, load_model, source_tokenizer
 from core.device import explain, setup
 from core.files import atomic, find
-from core.quantize import convert
-from core.sampling import draw, penalise
-from core.tokenizer import EOT, load_tokenizer
+from core.inference.generation import penalise_repetition, sample_token
+from core.text.tokenizer import EOT, load_tokenizer
+from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer
+from core.weights.quantize import prepare_for_inference
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the run in out_dir), 'gpt2' (-medium, -large, -xl), a checkpoint, a run's or a Hugging Face model's folder
@@ -93,7 +93,7 @@ if prompts:
     texts = texts * ('start' in config_given) + lines
 run = setup(device, dtype, seed=seed)
 model, source = load_model(init_from, out_dir, ckpt)
-check_writes(model, out_dir if init_from == 'resume' else init_from)
+refuse_reward_model(model, out_dir if init_from == 'resume' else init_from)
 tokens = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
 block_size, vocab_size = model.config.block_size, min(tokens.vocab_size, model.config.vocab_size)
 if end_token and end_token not in tokens.specials and 'end_token' in config_given:
@@ -152,12 +152,12 @@ def continue_all(prompts, seed):
         """The next token of every row (rows,)."""
         logits = own = logits[:, :vocab_size]
         if repetition_penalty != 1:
-            logits = penalise(logits, seen, repetition_penalty)
+            logits = penalise_repetition(logits, seen, repetition_penalty)
         if not tokens.is_char:  # those that leave its bytes valid UTF-8
             allowed = torch.from_numpy(np.stack([tokens.can_follow(ids) for ids in samples])[:, :vocab_size])
             logits = logits.masked_fill(~allowed.to(logits.device), float('-inf'))
         uniform = torch.from_numpy(np.stack([draws.random(1, dtype=np.float32) for draws in chance])).to(logits.device)  # (rows, 1)
-        token = draw(logits, uniform, temperature, top_k, top_p, min_p)
+        token = sample_token(logits, uniform, temperature, top_k, top_p, min_p)
         if repetition_penalty != 1:
             seen.scatter_(1, token[:, None], True)
         if logprobs or out:
@@ -211,7 +211,7 @@ all_prompts = [] if interactive else [encode(where, text) for where, text in tex
 at_once = max(1, batch_size // num_samples)  # prompts
 rows = num_samples * min(max(1, len(all_prompts)), at_once)
 slots = min(block_size, max((len(ids) for _, ids in all_prompts), default=block_size) + max_new_tokens)
-convert(model.to(run.device), run.dtype, rows)
+prepare_for_inference(model.to(run.device), run.dtype, rows)
 if compile:
     model.hidden = torch.compile(model.hidden, dynamic=True)
     try:

@@ -21,17 +21,18 @@ import uuid
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from core.checkpoint import build_model, describe, fit_vocabulary, load_last, load_model, rows_for
-from core.device import all_reduce, catch_signals, check_memory, compile_or_not, leave, reseed, setup, warn_if_slow
+from core.device import catch_signals, check_memory, reseed, setup, try_compile, warn_if_slow
+from core.distributed import all_reduce, check_same_on_all_ranks, full_tensor, shard, shutdown
 from core.files import find
-from core.guard import check_disk, same_everywhere, watch_spikes
-from core.log import Log
-from core.lora import adapt, trained_weights
-from core.optimizer import OPTIMIZERS, configure_optimizer
-from core.parallel import shard, whole
-from core.samples import encode_prompts, show_batch, show_samples
-from core.saver import Saver, any_saved, claim, introduce, save_weights, what_to_start_from
-from core.tokens import fingerprint, open_dataset
+from core.text.dataset import fingerprint, open_dataset
+from core.training.log import Log, spike_detector
+from core.training.optimizer import OPTIMIZERS, configure_optimizer
+from core.training.run_folder import check_disk, has_checkpoint, lock_run_folder, resolve_init_from, write_run_json
+from core.training.samples import encode_prompts, show_batch, show_samples
+from core.training.saver import Saver, save_weights
+from core.weights.checkpoint import build_model, describe, load_last, load_model
+from core.weights.lora import add_lora, trained_weights
+from core.weights.vocabulary import fit_vocabulary, padded_vocab_size
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ device = 'auto'  # cuda, then mps, then cpu, whichever there is; or say which, e
 dtype = 'auto'  # bfloat16 where the hardware multiplies it, else float16 on CUDA and float32 elsewhere; or say which
 compile = True  # torch.compile: takes a minute to start, then runs faster; falls back where it cannot work
 # ---------------------------------------------------------------------------------------------------------------------------------------
-_settings = 'core.lora'  # LoRA's, which are settings of this script, too
+_settings = 'core.weights.lora'  # LoRA's, which are settings of this script, too
 config, config_given = {}, {}  # filled by the next line: every setting with its value, and what the command line set
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
@@ -158,7 +159,7 @@ if data_order != 'random' and len(data.weights) > 1:
     sys.exit(f'data_order={data_order}: {dataset} is a mixture, drawn by weights, so it has no epochs; use --data_order=random')
 
 out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
-init_from, launch = what_to_start_from(init_from, out_dir, run)
+init_from, launch = resolve_init_from(init_from, out_dir, run)
 
 # --- model: new, from a checkpoint, or from the weights of a GPT-2, Llama or Qwen3
 iter_num, best_val_loss, skipped, measured, run_id = 0, float('inf'), 0, {}, uuid.uuid4().hex[:8]
@@ -166,13 +167,13 @@ checkpoint, path, source, origin = {}, None, {}, init_from
 GPT.gradient_checkpointing = gradient_checkpointing
 shape = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm', 'tied', 'n_kv_head', 'head_size', 'n_inner')
 if init_from == 'scratch':
-    model_config = GPTConfig(vocab_size=rows_for(data.vocab_size), dropout=dropout, **{key: globals()[key] for key in shape})
+    model_config = GPTConfig(vocab_size=padded_vocab_size(data.vocab_size), dropout=dropout, **{key: globals()[key] for key in shape})
     with torch.device('meta'):
         check_memory(GPT(model_config), micro_rows, block_size, run)
     model = GPT(model_config)
     print(f'new model: {describe(model)}')
 elif init_from == 'resume':
-    lock = claim(out_dir) if os.path.isdir(out_dir) and run.master and not eval_only else None  # nobody changes it from here on
+    lock = lock_run_folder(out_dir) if os.path.isdir(out_dir) and run.master and not eval_only else None  # nobody changes it from here on
     checkpoint, path = load_last(out_dir)
     missing = [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in checkpoint]
     if missing:
@@ -204,7 +205,7 @@ config.update({key: getattr(model.config, key) for key in shape}, learning_rate=
 if data.shortest <= block_size and not data.kind:
     sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
 known = fit_vocabulary(model, source, data, origin)
-adapt(model, origin, bool(path), known, config, config_given, run)
+add_lora(model, origin, bool(path), known, config, config_given, run)
 if init_from != 'scratch' and not eval_only:
     check_memory(model, micro_rows, block_size, run)
 data_hash = fingerprint(data)
@@ -212,7 +213,7 @@ if checkpoint.get('data', data_hash) != data_hash and not eval_only:
     sys.exit(f'dataset={dataset}: its tokens are not those that {path} was trained on so far, so this would be no exact continuation; '
              f'for another dataset: --init_from={path} and another --out_dir')
 data.vocab_size = min(data.vocab_size, model.config.vocab_size)  # larger ids are refused when they are met
-same_everywhere({f'dataset={dataset}': data_hash, f'out_dir={out_dir}': f'{path} {iter_num}', 'the settings': f'{run.dtype} {config}'}, run)
+check_same_on_all_ranks({f'dataset={dataset}': data_hash, f'out_dir={out_dir}': f'{path} {iter_num}', 'the settings': f'{run.dtype} {config}'}, run)
 if path:
     before = checkpoint.get('config', {})
     changed = [f'{key} {before[key]} -> {value}' for key, value in config.items() if before.get(key, value) != value and key not in ('init_from', 'out_dir')]
@@ -236,13 +237,13 @@ if path and opt:
         scaler.load_state_dict(checkpoint['scaler'])
 checkpoint = source = None  # free the memory
 if run.master and not eval_only:
-    lock = claim(out_dir)
-    if not path and any_saved(out_dir):
+    lock = lock_run_folder(out_dir)
+    if not path and has_checkpoint(out_dir):
         print(f'warning: {out_dir} has checkpoints of another run, which the first of this one will replace; to go on with that one: --init_from=resume', flush=True)
     check_disk(out_dir, sum(x.numel() * x.element_size() for x in (*opt.params, *(x for state in opt.state for x in state.values()))), keep_last)
-    introduce(out_dir, run_id=run_id, launch=launch, config=config)
+    write_run_json(out_dir, run_id=run_id, launch=launch, config=config)
 
-network = compile_or_not(model, micro_rows, block_size, run, bool(data.kind)) if compile and not eval_only else model  # computes the losses that are differentiated
+network = try_compile(model, micro_rows, block_size, run, bool(data.kind)) if compile and not eval_only else model  # computes the losses that are differentiated
 if run.ddp and not run.sharded:
     network = DDP(network, device_ids=[run.device] if run.device_type == 'cuda' else None, broadcast_buffers=False)  # and averages gradients over the processes
 params = list(model.parameters())
@@ -311,7 +312,7 @@ if run.device_type == 'cpu':
 columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu', *(f'{split}_{name}' for name in task.MEASURES for split in ('train', 'val'))]
 log = Log(out_dir, columns, iter_num, config, run_id) if run.master and not eval_only else None
 saver = Saver(out_dir, run, log, keep_last, background_save, resumed_from=path, step=iter_num)
-caught, jumped = catch_signals(eval_only), watch_spikes()
+caught, jumped = catch_signals(eval_only), spike_detector()
 if not eval_only:
     saver.reserve(state())
 first_iter = iter_num
@@ -360,7 +361,7 @@ while True:
         scaler.scale(loss * (run.world_size / divisor)).backward()  # DDP averages over processes; the sum over them is wanted
         total_loss += loss.detach()
     scaler.unscale_(opt)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
     due = run.master and 0 < save_minutes * 60 < time.perf_counter() - saved_at
     lossf, stop, due = all_reduce([total_loss.item() / divisor, caught.signal or 0, due], run).tolist()
     if math.isfinite(lossf) and (scaler.is_enabled() or math.isfinite(grad_norm)):  # fp16 overflows now and then: the scaler skips those
@@ -411,4 +412,4 @@ if iter_num > first_iter:
           + f', {saver.saved} saved (written in {saver.written:.1f}s, for which training waited {saver.waited:.1f}s)' * (saver.saved > 0)
           + f', best validation loss {best_val_loss:.4f}' * math.isfinite(best_val_loss)
           + f', checkpoints in {out_dir}' + f'; now: python {"chat" if data.kind else "sample"}.py --out_dir={out_dir}' * (not model.config.reward))
-leave(run, 130 if caught.signal == signal.SIGINT else 0)
+shutdown(run, 130 if caught.signal == signal.SIGINT else 0)

@@ -1,6 +1,5 @@
 """Device, precision, seeds and processes: set up once, for every script."""
 import ctypes
-import datetime
 import functools
 import os
 import platform
@@ -9,12 +8,13 @@ import shutil
 import signal
 import sys
 import time
-import uuid
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+
+from core.distributed import fresh_rendezvous
 
 # Dense 16-bit matrix peak with fp32 accumulation, FLOP/s, from the vendors' data sheets; MFU is shown for these and for no others.
 PEAK_FLOPS = {'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12, 'A100': 312e12,
@@ -73,7 +73,7 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
     if device_type == 'cpu':
         tune_malloc()
     if ddp:
-        dist.init_process_group({'cuda': 'nccl'}.get(device_type, 'gloo') if backend == 'auto' else backend, **meeting_place(rank, world_size))
+        dist.init_process_group({'cuda': 'nccl'}.get(device_type, 'gloo') if backend == 'auto' else backend, **fresh_rendezvous(rank, world_size))
 
     if dtype == 'auto':
         bf16 = {'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False), 'cpu': lambda: training and fast_bf16_cpu()}
@@ -93,37 +93,6 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
     torch.manual_seed(seed)
     return SimpleNamespace(device=device, device_type=device_type, dtype=dtype, ctx=ctx, peak_flops=peak,
                            rank=rank, world_size=world_size, master=master, ddp=ddp, sharded=False)
-
-
-def meeting_place(rank, world_size):
-    """
-    Where the processes find each other, for init_process_group. torchrun's store still has the addresses of processes that were lost, and who finds these waits
-    for the dead (https://github.com/pytorch/pytorch/issues/167288). So they use a name in it that is new with every start: the first process chooses one,
-    and answers the others with what they say, until they have seen that the answer is to them.
-    """
-    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
-        return {}  # the store is the first process's own, and new
-    store, name, own = next(dist.rendezvous('env://'))[0], '', uuid.uuid4().hex
-
-    def comes(key):
-        try:
-            store.wait([key], datetime.timedelta(seconds=1))
-            return True
-        except dist.DistStoreError:
-            return False
-    if rank == 0:
-        name = own
-        store.set('start', name)
-        for other in range(1, world_size):
-            store.set(f'{name}/answer/{other}', store.get(f'{name}/says/{other}'))
-            while not comes(f'{name}/heard/{other}'):
-                store.set(f'{name}/answer/{other}', store.get(f'{name}/says/{other}'))
-    else:
-        while not name or not comes(f'{name}/answer/{rank}') or store.get(f'{name}/answer/{rank}').decode() != own:
-            name = store.get('start').decode()
-            store.set(f'{name}/says/{rank}', own)
-        store.set(f'{name}/heard/{rank}', own)
-    return {'store': dist.PrefixStore(name, store), 'rank': rank, 'world_size': world_size}
 
 
 def known_peak(name):
@@ -167,38 +136,7 @@ def check_memory(model, rows, T, run):
                  f'{activations / 2**30:,.0f} for {rows} rows of {T}), and {run.device} has {there / 2**30:,.0f} GB; lower {lower}')
 
 
-def all_reduce(numbers, run):
-    """The sums of these numbers over all processes, as a float64 tensor on the CPU."""
-    total = torch.as_tensor(numbers, dtype=torch.float64)
-    if run.ddp:
-        total = total.to(run.device)
-        dist.all_reduce(total)
-    return total.cpu()
-
-
-def gather(thing, run):
-    """What every process has, as a list; plain values and tensors on the CPU."""
-    things = [thing] * run.world_size
-    if run.ddp:
-        dist.all_gather_object(things, thing)
-    return things
-
-
-def leave(run, status):
-    """
-    End this process, after the last one is ready to. In a group of processes without Python's clean-up: DDP keeps the threads of gloo alive, and
-    one that only now lets go of its last tensor, when Python is half gone, aborts the process (https://github.com/pytorch/pytorch/pull/179291).
-    """
-    if run.ddp:
-        dist.barrier()  # the first process may still be saving
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-def compile_or_not(model, rows, T, run, packed=False):
+def try_compile(model, rows, T, run, packed=False):
     """torch.compile, tried out on one batch (rows, T), packed of documents or not; the model itself, with one warning, where that does not work
     (no C++ compiler, no Triton) or computes nonsense."""
     if run.device_type == 'cpu' and run.dtype == 'bfloat16' and model.config.rope_theta and model.config.head_size % 64 == 0:

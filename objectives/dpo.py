@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from core.checkpoint import check_writes, load_reference
-from core.device import all_reduce
+from core.distributed import all_reduce
+from core.weights.checkpoint import load_reference, refuse_reward_model
 from objectives import reward
 from objectives.reward import divisor, draw, fixed  # noqa: F401  # the loop takes them from here
 
@@ -24,13 +24,13 @@ MEASURES = ('loss', 'accuracy', 'margin', 'kl')
 
 def start(model, data, run, config, saved):
     """The reference model and its log-probabilities of all answers {split: (pairs, 2)}: they never change, so they are computed once and kept with the checkpoints."""
-    check_writes(model, config['init_from'])
+    refuse_reward_model(model, config['init_from'])
     reward.check_pairs(data, config)
     if beta <= 0 or not 0 <= label_smoothing < 0.5:
         sys.exit(f'beta={beta}, label_smoothing={label_smoothing}: expected beta above 0 and label_smoothing at least 0 and less than 0.5')
     path = reference or saved.get('reference') or config['init_from']
     context = SimpleNamespace(path=path, model=load_reference(path, data, run, model), logps=saved.get('logps') if path == saved.get('reference') else None)
-    check_writes(context.model, path)
+    refuse_reward_model(context.model, path)
     if not context.logps:
         context.logps = {split: reference_logps(context.model, data, split, config, run) for split in data.splits}
     return context

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from core.chat import answers, end_of_turn, text_of
-from core.checkpoint import check_writes, load_reference
-from core.device import gather
+from core.distributed import gather
 from core.files import find
-from core.tokens import pack, read_document, shuffled
+from core.inference.generation import generate_answers
+from core.text.chat_template import answer_text, end_of_turn
+from core.text.dataset import pack, read_document, shuffled
+from core.weights.checkpoint import load_reference, refuse_reward_model
 from objectives import reward as reward_model
 
 group_size = 8  # answers to each prompt; a row of the batch is a prompt
@@ -42,11 +43,11 @@ def start(model, data, run, config, saved):
     for key, least in {'group_size': 2, 'updates': 1, 'max_new_tokens': 1, 'kl_coef': 0, 'clip': 0, 'temperature': 1e-5}.items():
         if config[key] < least:
             sys.exit(f'{key}={config[key]}: expected at least {least}')
-    check_writes(model, config['init_from'])
+    refuse_reward_model(model, config['init_from'])
     path = reference or saved.get('reference') or config['init_from']
     context = SimpleNamespace(path=path, policy=model, model=load_reference(path, data, run, model), judge=make_judge(data, run, config['block_size']), data=data, run=run,
                               seed=config['seed'], rows=config['batch_size'] * config['gradient_accumulation_steps'], kept=saved.get('kept', {}))
-    check_writes(context.model, path)
+    refuse_reward_model(context.model, path)
     return context
 
 
@@ -68,7 +69,7 @@ def make_judge(data, run, block_size):
         tokenizer = data.tokenizer
 
         def judge(prompts, rows, finished):
-            texts = [(tokenizer.decode(prompt), text_of(tokenizer, row), done) for prompt, row, done in zip(prompts, rows, finished)]
+            texts = [(tokenizer.decode(prompt), answer_text(tokenizer, row), done) for prompt, row, done in zip(prompts, rows, finished)]
             try:
                 return [float(function(*text)) for text in texts]
             except Exception as error:
@@ -126,7 +127,7 @@ def respond(context, split, numbers, copies, block_size):
     was_training = model.training
     model.eval()
     with run.ctx():
-        *_, rows = answers(model, data.tokenizer, prompts, max_new_tokens, seeds, temperature=temperature)
+        *_, rows = generate_answers(model, data.tokenizer, prompts, max_new_tokens, seeds, temperature=temperature)
         texts = with_targets(prompts, rows)
         batch = pack(texts, block_size)
         ours, theirs = (-network(*(x.to(run.device) for x in batch)).cpu() for network in (model, context.model))  # (rows, T)
@@ -134,7 +135,7 @@ def respond(context, split, numbers, copies, block_size):
     finished = [row[-1] == end_of_turn(data.tokenizer) for row in rows]
     rewards = context.judge(prompts, rows, finished)
     if not all(map(math.isfinite, rewards)):
-        sys.exit(f'reward={reward}: a reward is {next(r for r in rewards if not math.isfinite(r))}, of {text_of(data.tokenizer, rows[[*map(math.isfinite, rewards)].index(False)])[:60]!r}')
+        sys.exit(f'reward={reward}: a reward is {next(r for r in rewards if not math.isfinite(r))}, of {answer_text(data.tokenizer, rows[[*map(math.isfinite, rewards)].index(False)])[:60]!r}')
     return [(*text, ours[batch[2] == i], theirs[batch[2] == i]) for i, text in enumerate(texts)], torch.tensor(rewards), torch.tensor(finished)
 
 

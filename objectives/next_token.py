@@ -18,8 +18,8 @@ import sys
 import numpy as np
 import torch
 
-from core.checkpoint import check_writes
-from core.tokens import document_starts, windows
+from core.text.dataset import document_starts, windows
+from core.weights.checkpoint import refuse_reward_model
 
 see_across = False  # in a row of several conversations a token sees its own only; True: those before, too, as the documents of a text do
 
@@ -27,7 +27,7 @@ MEASURES = ('loss', 'bpb', 'bpc')
 
 
 def start(model, data, run, config, saved):
-    check_writes(model, config['init_from'])
+    refuse_reward_model(model, config['init_from'])
     if data.kind not in ('', 'conversations'):
         sys.exit(f'dataset={config["dataset"]} has {data.kind}; objective=next_token learns from texts and conversations')
 

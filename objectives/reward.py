@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from core.checkpoint import new_reward_head
-from core.tokens import documents, shuffled
+from core.text.dataset import pack_documents, shuffled
+from core.weights.vocabulary import new_reward_head
 
 MEASURES = ('loss', 'accuracy', 'margin')
 
@@ -47,7 +47,7 @@ def fixed(data, split, rows, block_size):
 
 def load(data, split, pairs, block_size, context=None):
     """Tokens, targets, and which answer of the batch each is of (rows, T): what was chosen has the even numbers, what was rejected the odd ones."""
-    return documents(data, split, np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel(), block_size)
+    return pack_documents(data, split, np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel(), block_size)
 
 
 def divisor(batch):

@@ -60,14 +60,14 @@ def run_script(script, *args, cwd=None):
 
 @functools.cache
 def prepare_defaults():
-    """The settings of core.prepare as they are written there: scripts that ran in this process have set others."""
-    fresh = runpy.run_path(str(ROOT / 'core' / 'prepare.py'))
+    """The settings of core.text.prepare as they are written there: scripts that ran in this process have set others."""
+    fresh = runpy.run_path(str(ROOT / 'core' / 'text' / 'prepare.py'))
     return {key: value for key, value in fresh.items() if key.islower() and key[0] != '_' and isinstance(value, (bool, int, float, str))}
 
 
 def make_dataset(folder, source, **settings):
-    """Prepare a dataset as a script with these settings of core.prepare would; they are put back. Returns what it printed."""
-    from core import prepare
+    """Prepare a dataset as a script with these settings of core.text.prepare would; they are put back. Returns what it printed."""
+    from core.text import prepare
     out = io.StringIO()
     with mock.patch.multiple(prepare, **{**prepare_defaults(), 'num_proc': 1, **settings}), contextlib.redirect_stdout(out):
         prepare.prepare(str(folder), source)
@@ -101,7 +101,7 @@ def train_in_fp32(folder):
     """A train.py, for processes of their own, whose Muon computes in fp32: bf16 makes more of rounding than the tolerance."""
     return write(folder / 'fp32.py', f"""import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-from core import optimizer
+from core.training import optimizer
 optimizer.fast_bf16_cpu = lambda: False
 runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
 """)

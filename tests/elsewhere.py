@@ -15,7 +15,7 @@ from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(ROOT))
-checkpoint, tokens, llamacpp = map(importlib.import_module, ('core.checkpoint', 'core.tokens', 'test_gguf'))
+checkpoint, tokens, llamacpp = map(importlib.import_module, ('core.weights.checkpoint', 'core.text.dataset', 'test_gguf'))
 
 WINDOWS = 40  # of the validation tokens, for the perplexity
 QUANTS = 'f32', 'f16', 'q8_0', 'q4_0'

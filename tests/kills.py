@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, digits_dataset, losses_of
 
 sys.path.insert(0, str(ROOT))
-load_last = importlib.import_module('core.checkpoint').load_last
+load_last = importlib.import_module('core.weights.checkpoint').load_last
 
 SAVE_INTERVAL = 6  # so a checkpoint of 9 MB is begun at every third step, and there is nearly always one being written
 SETTINGS = ['--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=4', '--n_head=2', '--n_embd=128', '--block_size=32', '--batch_size=4',

@@ -20,11 +20,13 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-from core import server as server_file
-from core.chat import END, HEADS, START, answers, chat_tokenizer, end_of_turn, render, text_of
-from core.checkpoint import save_checkpoint
-from core.server import fit, reply, within
-from core.tokenizer import EOT, QWEN2_SPLIT, bpe_tokenizer, char_tokenizer
+from core.inference import conversation
+from core.inference import server as server_file
+from core.inference.conversation import check_range, fit_into_context, stream_reply
+from core.inference.generation import generate_answers
+from core.text.chat_template import END, HEADS, START, answer_text, chat_tokenizer, end_of_turn, render
+from core.text.tokenizer import EOT, QWEN2_SPLIT, bpe_tokenizer, char_tokenizer
+from core.weights.checkpoint import save_checkpoint
 from model import GPT, GPTConfig
 
 CHINESE = '满纸荒唐言一把辛酸泪都云作者痴谁解其中味，。？！'
@@ -129,14 +131,14 @@ def test_answers(short):
     """The same seed gives the same answer whatever is beside it; a row ends with the end of its turn; several rows are over when all are."""
     prompts = [render([user(text)], short.tokenizer, reply=True)[0] for text in ('a', '满纸荒唐言', 'who are you?')]
     seeds = [5, [6, 7], 8]
-    *_, together = answers(short.model, short.tokenizer, prompts, 40, seeds, temperature=1.0)
+    *_, together = generate_answers(short.model, short.tokenizer, prompts, 40, seeds, temperature=1.0)
     end = end_of_turn(short.tokenizer)
     for prompt, seed, row in zip(prompts, seeds, together):
-        *_, (alone,) = answers(short.model, short.tokenizer, [prompt], 40, [seed], temperature=1.0)
+        *_, (alone,) = generate_answers(short.model, short.tokenizer, [prompt], 40, [seed], temperature=1.0)
         assert alone == row
         assert row[-1] == end and end not in row[:-1] or len(row) == 40
     assert any(row[-1] == end for row in together) and len({tuple(row) for row in together}) == 3
-    *_, (other,) = answers(short.model, short.tokenizer, prompts[:1], 40, [9], temperature=1.0)
+    *_, (other,) = generate_answers(short.model, short.tokenizer, prompts[:1], 40, [9], temperature=1.0)
     assert other != together[0]
 
 
@@ -144,23 +146,23 @@ def test_answers(short):
 def test_reply(tokenizer, tmp_path):
     """Its pieces are the text of the answer, without a token of the template or half a character; a stop text is never shown, wherever it falls."""
     made = save(tmp_path / 'm', tokenizer, ending=0)
-    ids, kept = fit([user('a')], made.tokenizer, 64)
+    ids, kept = fit_into_context([user('a')], made.tokenizer, 64)
     reasons = set()
     for seed in range(8):
-        pieces = list(reply(made.model, made.tokenizer, ids, 30, [seed], temperature=1.0))
+        pieces = list(stream_reply(made.model, made.tokenizer, ids, 30, [seed], temperature=1.0))
         whole, reason = ''.join(text for text, _ in pieces), pieces[-1][1]
-        *_, (row,) = answers(made.model, made.tokenizer, [ids], 30, [[seed]], temperature=1.0)
+        *_, (row,) = generate_answers(made.model, made.tokenizer, [ids], 30, [[seed]], temperature=1.0)
         reasons.add(reason)
         assert all(reason is None for _, reason in pieces[:-1])
         if row[-1] == end_of_turn(made.tokenizer) or reason == 'length':
-            assert whole == text_of(made.tokenizer, row) and (reason == 'length') == (row[-1] != end_of_turn(made.tokenizer))
+            assert whole == answer_text(made.tokenizer, row) and (reason == 'length') == (row[-1] != end_of_turn(made.tokenizer))
         assert '\ufffd' not in whole
         for stop in {whole[2:4], whole[3:6], whole[5:6]} - {''}:
-            cut = list(reply(made.model, made.tokenizer, ids, 30, [seed], stops=['nowhere', stop], temperature=1.0))
+            cut = list(stream_reply(made.model, made.tokenizer, ids, 30, [seed], stops=['nowhere', stop], temperature=1.0))
             assert ''.join(text for text, _ in cut) == whole[:whole.index(stop)] and cut[-1][1] == 'stop'
     assert reasons == {'stop', 'length'}
     for length, most in ((64, 1), (60, 5)):  # tokens that the context has room for: the last one is not read
-        assert len(list(reply(made.model, made.tokenizer, [*ids, *[0] * (length - len(ids))], 30, 1, temperature=0, stops=['nowhere']))) <= most
+        assert len(list(stream_reply(made.model, made.tokenizer, [*ids, *[0] * (length - len(ids))], 30, 1, temperature=0, stops=['nowhere']))) <= most
 
 
 @TOKENIZERS
@@ -171,8 +173,8 @@ def test_out_of_turn(tokenizer, monkeypatch):
     assert len(names) == (3 if START in names else 5)
     for name in names:
         said = [*tokenizer.encode('ab').tolist(), tokenizer.specials[name], *tokenizer.encode('c').tolist()]
-        monkeypatch.setattr(server_file, 'answers', lambda *args, **kwargs: ([said[:i]] for i in range(1, len(said) + 1)))
-        assert list(reply(model, tokenizer, [0], 30, 1)) == [('a', None), ('b', None), ('', 'stop')]
+        monkeypatch.setattr(conversation, 'generate_answers', lambda *args, **kwargs: ([said[:i]] for i in range(1, len(said) + 1)))
+        assert list(stream_reply(model, tokenizer, [0], 30, 1)) == [('a', None), ('b', None), ('', 'stop')]
 
 
 def test_fit():
@@ -180,20 +182,20 @@ def test_fit():
     tokenizer = chat_tokenizer(CHARS)
     system = {'role': 'system', 'content': 's' * 5}
     messages = [system] + [message for i in range(4) for message in (user(f'{i}' * 8), assistant(f'{i}' * 8))] + [user('last')]
-    size = len(fit(messages, tokenizer, 999)[0])
+    size = len(fit_into_context(messages, tokenizer, 999)[0])
     assert size == 7 + 4 * 20 + 6 + 1
     for room, left in ((10, 0), (11, 1), (30, 1), (31, 2), (90, 4), (999, 4)):
-        ids, kept = fit(messages, tokenizer, size + 10, room)
+        ids, kept = fit_into_context(messages, tokenizer, size + 10, room)
         assert kept == [system, *messages[1 + 2 * left:]], room
         assert ids.tolist() == render(kept, tokenizer, reply=True)[0].tolist()
-    assert fit(messages, tokenizer, size)[1] == messages
+    assert fit_into_context(messages, tokenizer, size)[1] == messages
     for wrong, block_size, room, reason in ((messages, size - 1, None, 'shorten'), ([user('a' * 90)], 80, 20, '93 tokens'), ([assistant('a')], 80, None, 'last message'),
                                             ([], 80, None, 'at least one'), ([user('é' + EOT + 'é')], 80, None, "'é' (U+00E9)"), ([{'role': 'tool', 'content': ''}], 80, 9, 'unknown role')):
         with pytest.raises(ValueError, match=re.escape(reason)):
-            fit(wrong, tokenizer, block_size, room)
+            fit_into_context(wrong, tokenizer, block_size, room)
     no_char = chat_tokenizer(char_tokenizer('ab'))
     with pytest.raises(ValueError, match="'<'.*U"):  # characters of a token's name are text, too
-        fit([user(EOT)], no_char, 80)
+        fit_into_context([user(EOT)], no_char, 80)
 
 
 # --- the terminal
@@ -218,8 +220,8 @@ def test_prompt(short):
         result = chat(short, '--prompt=who are you?', '--max_new_tokens=20', *args)
         assert result.code == 0, result.err
         return result.out.split('step 7\n')[1]
-    ids, _ = fit([user('who are you?')], short.tokenizer, 64)
-    expected = ''.join(text for text, _ in reply(short.model, short.tokenizer, ids, 20, [1337, 0], temperature=0.8, top_k=200))
+    ids, _ = fit_into_context([user('who are you?')], short.tokenizer, 64)
+    expected = ''.join(text for text, _ in stream_reply(short.model, short.tokenizer, ids, 20, [1337, 0], temperature=0.8, top_k=200))
     assert said() == expected + '\n'
     assert len({said(), said('--seed=2'), said('--system=be kind'), said('--dtype=int8', '--seed=3')}) == 4
 
@@ -227,9 +229,9 @@ def test_prompt(short):
 def test_terminal(tmp_path, monkeypatch):
     """Commands, a history that is one, what cannot be said, and what outgrows the context."""
     seen, run = [], save(tmp_path / 'm', block_size=128)
-    original = server_file.fit
-    monkeypatch.setattr(server_file, 'fit', lambda messages, *args: seen.append([dict(message) for message in messages]) or original(messages, *args))
-    monkeypatch.setattr(server_file, 'reply', lambda model, tokenizer, ids, **settings: iter([('so ', None), (f'{settings["temperature"]:g}', 'stop')]))
+    original = conversation.fit_into_context
+    monkeypatch.setattr(conversation, 'fit_into_context', lambda messages, *args: seen.append([dict(message) for message in messages]) or original(messages, *args))
+    monkeypatch.setattr(conversation, 'stream_reply', lambda model, tokenizer, ids, **settings: iter([('so ', None), (f'{settings["temperature"]:g}', 'stop')]))
     lines = ['a', ' /b', '', '/system be kind', 'c', '/set temperature=0.5', '/set', '/set temperature=-1', '/set temperature=x', '/set top_k=1.5', '/set color=red', '/set seed=nan', 'd', 'é', '/oops',
              '/help', '/reset', 'e', '/system', 'f', 'g' * 126, *['h' * 19] * 8, '/quit', 'never']
     result = chat(run, lines=lines, monkeypatch=monkeypatch)
@@ -270,13 +272,13 @@ def test_rate(short, tmp_path, monkeypatch):
 def test_stopped_answers(short, tmp_path, monkeypatch):
     """What Ctrl-C leaves of an answer is what the assistant has said; a pair with such an answer is not rated."""
     seen, path = [], tmp_path / 'pairs.jsonl'
-    original = server_file.fit
+    original = conversation.fit_into_context
 
     def stopped(*args, **kwargs):
         yield 'half', None
         raise KeyboardInterrupt
-    monkeypatch.setattr(server_file, 'fit', lambda messages, *args: seen.append(messages) or original(messages, *args))
-    monkeypatch.setattr(server_file, 'reply', stopped)
+    monkeypatch.setattr(conversation, 'fit_into_context', lambda messages, *args: seen.append(messages) or original(messages, *args))
+    monkeypatch.setattr(conversation, 'stream_reply', stopped)
     assert chat(short, lines=['a', 'b'], monkeypatch=monkeypatch).code == 0
     assert seen == [[user('a')], [user('a'), assistant('half'), user('b')]]
     result = chat(short, f'--rate={path}', lines=['a', 'b'], monkeypatch=monkeypatch)
@@ -365,8 +367,8 @@ def test_interrupted(endless):
 def serving(made, **kwargs):
     """The application on a free port of this machine; yields the port."""
     import uvicorn
-    settings = {**{key: low for key, (low, _) in server_file.LIMITS.items()}, 'max_new_tokens': 40, 'temperature': 1.0, 'top_p': 1.0, 'seed': 1, **kwargs.pop('settings', {})}
-    app = server_file.application(made.model, made.tokenizer, 'tiny', settings, hosts={'127.0.0.1', 'localhost', '[::1]'}, **kwargs)
+    settings = {**{key: low for key, (low, _) in conversation.LIMITS.items()}, 'max_new_tokens': 40, 'temperature': 1.0, 'top_p': 1.0, 'seed': 1, **kwargs.pop('settings', {})}
+    app = server_file.build_app(made.model, made.tokenizer, 'tiny', settings, hosts={'127.0.0.1', 'localhost', '[::1]'}, **kwargs)
     server = uvicorn.Server(uvicorn.Config(app, log_level='error', lifespan='off', timeout_graceful_shutdown=2))
     with socket.create_server(('127.0.0.1', 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={'sockets': [listener]})
@@ -417,8 +419,8 @@ def test_completion(port, short):
     status, got = call(port, {'model': 'any', 'messages': [user('who are you?')], 'seed': 5, 'max_tokens': 30, 'user': 'x', 'stop': None})
     assert status == 200
     said, reason = got['choices'][0]['message']['content'], got['choices'][0]['finish_reason']
-    ids, _ = fit([user('who are you?')], short.tokenizer, 64)
-    pieces = list(reply(short.model, short.tokenizer, ids, 30, 5, temperature=1.0))
+    ids, _ = fit_into_context([user('who are you?')], short.tokenizer, 64)
+    pieces = list(stream_reply(short.model, short.tokenizer, ids, 30, 5, temperature=1.0))
     assert said == ''.join(text for text, _ in pieces) and reason == pieces[-1][1]
     assert got['id'].startswith('chatcmpl-') and abs(got['created'] - time.time()) < 60
     assert got == {'id': got['id'], 'object': 'chat.completion', 'created': got['created'], 'model': 'tiny',
@@ -455,10 +457,10 @@ def test_choices(port):
 def test_system_message():
     """The server's own is that of requests without one."""
     def messages(*asked):
-        return server_file.understand(json.dumps({'messages': asked}).encode(), {}, 'be kind')[0]
+        return server_file.parse_request(json.dumps({'messages': asked}).encode(), {}, 'be kind')[0]
     own, theirs = {'role': 'system', 'content': 'be kind'}, {'role': 'system', 'content': ''}
     assert messages(user('a')) == [own, user('a')] and messages(theirs, user('a')) == [theirs, user('a')]
-    assert server_file.understand(json.dumps(OK).encode(), {})[0] == OK['messages']
+    assert server_file.parse_request(json.dumps(OK).encode(), {})[0] == OK['messages']
 
 
 def test_other_pages(port):
@@ -532,7 +534,7 @@ def test_clients_that_go_away(short, streamed, monkeypatch, capsys):
             steps.append(1)
             yield 'x', None
     with monkeypatch.context() as patch, serving(short, max_requests=2) as port:
-        patch.setattr(server_file, 'reply', slow)
+        patch.setattr(conversation, 'stream_reply', slow)
         clients = [http.client.HTTPConnection('127.0.0.1', port, timeout=20) for _ in range(2)]
         for client in clients:
             client.request('POST', PATH, json.dumps({**OK, 'stream': streamed}), {'Content-Type': 'application/json'})
@@ -584,10 +586,10 @@ def test_missing_packages(short, monkeypatch):
 
 
 def test_within():
-    assert [within('temperature', 0), within('top_p', 0.5), within('seed', 2**63 - 1)] == [0, 0.5, 2**63 - 1]
+    assert [check_range('temperature', 0), check_range('top_p', 0.5), check_range('seed', 2**63 - 1)] == [0, 0.5, 2**63 - 1]
     for key, value in (('temperature', float('nan')), ('top_k', True), ('top_k', 1.0), ('min_p', '0.1'), ('seed', None)):
         with pytest.raises(ValueError, match=key):
-            within(key, value)
+            check_range(key, value)
 
 
 # --- the page

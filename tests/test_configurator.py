@@ -232,7 +232,7 @@ def test_help_of_our_scripts(script, tmp_path):
     source = (ROOT / script).read_text(encoding='utf-8').split('\nexec(open(')[0]
     named = re.findall(r'^([a-z][a-z_0-9]*) = (?!{)', source, flags=re.M)
     if script == 'train.py' or '_settings' in source:
-        shared = ''.join((ROOT / path).read_text(encoding='utf-8') for path in (['core/lora.py', 'objectives/next_token.py'] if script == 'train.py' else ['core/prepare.py']))
+        shared = ''.join((ROOT / path).read_text(encoding='utf-8') for path in (['core/weights/lora.py', 'objectives/next_token.py'] if script == 'train.py' else ['core/text/prepare.py']))
         named = [*dict.fromkeys(named + re.findall(r'^([a-z_0-9]+) = (?!{)', shared, flags=re.M))]
     assert [re.match('  --([a-z_0-9]+)=', line)[1] for line in listed] == named
     assert all(re.fullmatch(r'  --\w+=\S+ +\S.{4,}', line) for line in listed), listed

@@ -13,9 +13,9 @@ import tracemalloc
 import pytest
 from conftest import exit_line, write
 
-from core import documents
-from core.documents import find_files, guess_encoding, read_documents
 from core.files import ROOT
+from core.text import documents
+from core.text.documents import find_files, guess_encoding, read_documents
 
 MIRRORS = [os.environ.get('DATA_MIRROR', ''), os.path.join(ROOT, '..', 'shared', 'data')]
 MIRROR = next((folder for folder in MIRRORS if os.path.exists(os.path.join(folder, 'tang_poems.json'))), None)
@@ -61,7 +61,7 @@ def test_a_folder(tmp_path):
         write(tmp_path / name, '')
     assert find_files(str(tmp_path)) == sorted(str(tmp_path / name) for name in readable)
     assert find_files(tmp_path / 'notes.md') == [str(tmp_path / 'notes.md')]  # named, so meant
-    assert os.path.samefile(find_files('core/documents.py')[0], documents.__file__)
+    assert os.path.samefile(find_files('core/text/documents.py')[0], documents.__file__)
     write(tmp_path / 'empty' / 'x.md', '')
     line = exit_line(find_files, str(tmp_path / 'empty'))
     assert line.startswith(str(tmp_path / 'empty')) and '.txt' in line and '.parquet' in line

@@ -10,11 +10,11 @@ import torch
 from conftest import run_script, write
 from test_pretrained import make
 
-from core import scoring
-from core.checkpoint import load_model, source_tokenizer
-from core.scoring import harness, multiple_choice, read_choices
-from core.tokenizer import GPT2_SPLIT, bpe_tokenizer, char_tokenizer
-from core.tokens import open_dataset
+from core.inference import scoring
+from core.inference.scoring import harness, multiple_choice, read_choices
+from core.text.dataset import open_dataset
+from core.text.tokenizer import GPT2_SPLIT, bpe_tokenizer, char_tokenizer
+from core.weights.checkpoint import load_model, source_tokenizer
 
 WORDS = 'zero one two three four five six seven eight nine'.split()
 

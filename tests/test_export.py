@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT, exit_line, run_script, write
 from test_pretrained import NETWORKS, make
 
-from core.checkpoint import load_checkpoint, save_checkpoint
 from core.files import atomic_folder
-from core.pretrained import architecture_of, load_pretrained, save_pretrained
-from core.tokenizer import add_specials, char_tokenizer, gpt2_tokenizer, prune_tokenizer, qwen2_tokenizer, train_bpe
+from core.text.tokenizer import add_specials, char_tokenizer, gpt2_tokenizer, prune_tokenizer, qwen2_tokenizer, train_bpe
+from core.weights.checkpoint import load_checkpoint, save_checkpoint
+from core.weights.huggingface import architecture_of, load_pretrained, save_pretrained
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
@@ -72,7 +72,7 @@ TOKENIZERS = {
 @pytest.mark.parametrize('name', TOKENIZERS)
 def test_tokenizer_in_transformers(name, tmp_path):
     """It cuts and joins as ours does, knows how a text ends, and writes a conversation as ours is rendered."""
-    from core.chat import can_chat, end_of_turn, render
+    from core.text.chat_template import can_chat, end_of_turn, render
     ours = TOKENIZERS[name]()
     save_pretrained(tmp_path, network(ours.vocab_size, n_embd=4), ours, 'float32', 'x')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -241,7 +241,7 @@ def test_folder_whole_or_not_at_all(tmp_path):
 
 MEMORY = r"""
 import re, sys, threading, time
-from core.pretrained import load_pretrained
+from core.weights.huggingface import load_pretrained
 
 def anonymous():  # what is this process's own; the files that it maps are not
     with open('/proc/self/status', encoding='utf-8') as f:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import exit_line, run_script
 
-from core.chat import JINJA, chat_tokenizer, end_of_turn, render
-from core.llamacpp import LLAMA3_SPLIT, modelfile, write_gguf
-from core.tokenizer import EOT, Tokenizer, bpe_tokenizer, char_tokenizer, gpt2_tokenizer, prune_tokenizer, qwen2_tokenizer, train_bpe
+from core.text.chat_template import JINJA, chat_tokenizer, end_of_turn, render
+from core.text.tokenizer import EOT, Tokenizer, bpe_tokenizer, char_tokenizer, gpt2_tokenizer, prune_tokenizer, qwen2_tokenizer, train_bpe
+from core.weights.gguf import LLAMA3_SPLIT, modelfile, write_gguf
 from model import GPT, GPTConfig
 
 gguf = pytest.importorskip('gguf')

@@ -15,9 +15,9 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from core import fetch
 from core.files import ROOT
-from core.tokenizer import load_tokenizer
+from core.text import download as fetch
+from core.text.tokenizer import load_tokenizer
 
 pyarrow = pytest.importorskip('pyarrow')
 pytest.importorskip('huggingface_hub')

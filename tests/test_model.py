@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_file
-from core.device import compile_or_not
-from model import GPT, GPTConfig, attention, rotary, rotate
+import kernels as model_file
+from core.device import try_compile
+from kernels import attention
+from model import GPT, GPTConfig, rotary, rotate
 
 TINY = dict(block_size=16, vocab_size=97, n_layer=3, n_head=4, n_embd=32)
 QWEN3 = dict(**TINY, bias=False, activation='swiglu', norm='rmsnorm', rope_theta=1e4, qk_norm=True, n_kv_head=2, head_size=12)
@@ -290,7 +291,7 @@ def test_compiled_gradients(style, packed):
     torch.manual_seed(0)
     model, (X, Y) = GPT(GPTConfig(**style)), torch.randint(TINY['vocab_size'], (2, 4, 16))
     run = SimpleNamespace(device='cpu', device_type='cpu', dtype='float32', ctx=nullcontext)
-    compiled = compile_or_not(model, 4, 16, run, packed)
+    compiled = try_compile(model, 4, 16, run, packed)
     if compiled is model:
         pytest.skip('no compiler here')
     gradients = []

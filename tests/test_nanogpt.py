@@ -275,7 +275,7 @@ def no_network(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    monkeypatch.setattr('core.tokenizer.GPT2_URL', 'http://127.0.0.1:9/vocab.bpe')
+    monkeypatch.setattr('core.text.tokenizer.GPT2_URL', 'http://127.0.0.1:9/vocab.bpe')
 
 
 def test_bins_alone(tmp_path, no_network):
@@ -296,8 +296,8 @@ def test_bins_alone(tmp_path, no_network):
 
 def test_bins_alone_with_the_tokenizer(tmp_path, monkeypatch, capsys):
     """With GPT-2's tokenizer at hand the warning is the same one, and the tokenizer is used."""
-    from core import tokens
-    from core.tokenizer import char_tokenizer
+    from core.text import dataset as tokens
+    from core.text.tokenizer import char_tokenizer
     monkeypatch.setattr(tokens, 'gpt2_tokenizer', lambda: char_tokenizer('ab'))
     for split in ('train', 'val'):
         np.zeros(10, dtype=np.uint16).tofile(tmp_path / f'{split}.bin')

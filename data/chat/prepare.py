@@ -9,8 +9,8 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
 
-from core.conversations import divide, prompt_of, read, write_folders
-from core.tokenizer import load_tokenizer
+from core.text.conversations import divide, prompt_of, read, write_folders
+from core.text.tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 input = ''  # a .jsonl file, or a .json file with a list: Alpaca's, ShareGPT's or OpenAI's form, and pairs as chat.py --rate writes them; may be given several times

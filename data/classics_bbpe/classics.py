@@ -9,7 +9,7 @@ import functools
 import re
 from urllib.parse import quote
 
-from core.fetch import fetch
+from core.text.download import fetch
 
 SHU = 'https://raw.githubusercontent.com/shjwudp/shu/61aa02363241bcf32574708f1ff06ed698fb646b/books/'
 W2V = 'https://raw.githubusercontent.com/Seungberry/W2V/2208ad5e2963f3b844d97761cb310f127d93ec3d/'  # 三国演义 is cut short in SHU

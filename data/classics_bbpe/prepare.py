@@ -9,10 +9,10 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 
 from classics import NOVELS, novel
 
-from core.prepare import LAPTOP, prepare
+from core.text.prepare import LAPTOP, prepare
 
 tokenizer = 'bbpe'  # trained on these novels
-_settings = 'core.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))

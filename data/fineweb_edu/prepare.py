@@ -8,13 +8,13 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
 
-from core.fetch import hub_files
-from core.prepare import prepare
+from core.text.download import hub_files
+from core.text.prepare import prepare
 
 tokenizer = 'gpt2'  # the corpus is counted in its tokens, and models trained on it are compared by them
 val_fraction = 0.0005  # as for OpenWebText; some 4,800 of 9,672,101 documents
 shard_tokens = 100_000_000  # 200 MB a file, which any disk and any copying takes
-_settings = 'core.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 prepare(os.path.dirname(os.path.abspath(__file__)),

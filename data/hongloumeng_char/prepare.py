@@ -10,10 +10,10 @@ sys.path.append(os.path.join(sys.path[0], 'data', 'classics_bbpe'))  # the text 
 
 from classics import novel
 
-from core.prepare import LAPTOP, prepare
+from core.text.prepare import LAPTOP, prepare
 
 tokenizer = 'char'  # every character is a token
-_settings = 'core.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))

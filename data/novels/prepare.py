@@ -9,11 +9,11 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
 
-from core.prepare import LAPTOP, prepare
+from core.text.prepare import LAPTOP, prepare
 
 tokenizer = 'bbpe'  # trained on these novels
 vocab_size = 16384  # dozens of novels have words enough for so many ids
-_settings = 'core.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 if not input:

@@ -8,14 +8,14 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
 
-from core.fetch import hub_files
-from core.prepare import prepare
+from core.text.download import hub_files
+from core.text.prepare import prepare
 
 tokenizer = 'gpt2'  # as in nanoGPT, so that losses can be compared
 val_fraction = 0.0005  # nanoGPT's; some 4,000 of 8,013,769 documents
 seed = 2357  # nanoGPT's; but another generator draws here, so the validation documents are others
 shard_tokens = 100_000_000  # 200 MB a file, which any disk and any copying takes
-_settings = 'core.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 prepare(os.path.dirname(os.path.abspath(__file__)),

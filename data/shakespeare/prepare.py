@@ -10,10 +10,10 @@ sys.path.append(os.path.join(sys.path[0], 'data', 'shakespeare_char'))  # the te
 
 from from_wheel import tinyshakespeare
 
-from core.prepare import prepare
+from core.text.prepare import prepare
 
 tokenizer = 'gpt2'  # that of the model to be fine-tuned
-_settings = 'core.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))

@@ -8,8 +8,8 @@ run needs nothing but a package index.
 import os
 import re
 
-from core.fetch import fetch
 from core.files import ROOT
+from core.text.download import fetch
 
 PATH = os.path.join(ROOT, 'data', 'shakespeare_char', 'input.txt')
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'

@@ -9,10 +9,10 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 
 from from_wheel import tinyshakespeare
 
-from core.prepare import prepare
+from core.text.prepare import prepare
 
 tokenizer = 'char'  # every character is a token
-_settings = 'core.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 prepare(os.path.dirname(os.path.abspath(__file__)), input or tinyshakespeare(), 'python train.py config/train_shakespeare_char.py')

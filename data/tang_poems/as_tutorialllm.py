@@ -14,8 +14,8 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 
 from poems import read_poems, split, text_of
 
-from core.conversations import build_folder, write_folder
-from core.tokenizer import EOT, add_specials, load_tokenizer
+from core.text.conversations import build_folder, write_folder
+from core.text.tokenizer import EOT, add_specials, load_tokenizer
 
 LABELS = '<INSPRE>'  # the letters of <INS>, <INP> and <RES>, which no poem has, each a token
 folder = os.path.dirname(os.path.abspath(__file__))

@@ -13,10 +13,11 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 import numpy as np
 from poems import five_characters, messages_of, well_formed
 
-from core.chat import answers, can_chat, end_of_turn, render, text_of
-from core.checkpoint import check_writes, load_model, source_tokenizer
 from core.device import setup
-from core.tokens import open_dataset
+from core.inference.generation import generate_answers
+from core.text.chat_template import answer_text, can_chat, end_of_turn, render
+from core.text.dataset import open_dataset
+from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 out_dir = 'out-poems-sft'  # the run to judge
@@ -46,15 +47,15 @@ def write(model, tokenizer, subjects):
     for i in range(0, len(prompts), batch_size):
         seeds = [[seed, j] for j in range(i, min(i + batch_size, len(prompts)))]
         with run.ctx():
-            *_, rows = answers(model, tokenizer, prompts[i:i + batch_size], max_new_tokens, seeds, temperature=temperature)
-        poems += [(text_of(tokenizer, row), row[-1] == end_of_turn(tokenizer)) for row in rows]
+            *_, rows = generate_answers(model, tokenizer, prompts[i:i + batch_size], max_new_tokens, seeds, temperature=temperature)
+        poems += [(answer_text(tokenizer, row), row[-1] == end_of_turn(tokenizer)) for row in rows]
     return poems
 
 
 def judge(path):
     """Show the poem of a run and return its numbers."""
     model, source = load_model(path)
-    check_writes(model, path)
+    refuse_reward_model(model, path)
     tokenizer = source_tokenizer(source)
     if not can_chat(tokenizer):
         sys.exit(f'out_dir={path}: this model knows no conversations; judge one that was instruction-tuned')

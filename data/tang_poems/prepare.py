@@ -11,10 +11,10 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 
 from poems import five_characters, messages_of, read_poems, split, text_of
 
-from core.conversations import write_folders
 from core.files import find
-from core.prepare import prepare
-from core.tokenizer import char_tokenizer
+from core.text.conversations import write_folders
+from core.text.prepare import prepare
+from core.text.tokenizer import char_tokenizer
 
 input = ''  # a tang_poems.json of your own: a list of {"title", "author", "paragraphs"}
 max_tokens = 256  # what is longer, with its title, is cut there: the context of the configs

@@ -8,14 +8,14 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
 
-from core.fetch import hub_files
-from core.prepare import prepare
+from core.text.download import hub_files
+from core.text.prepare import prepare
 
 tokenizer = 'bbpe'  # of qwen2's 151,646 ids a small model would spend more on embeddings than on layers, and most of them are not Chinese
 vocab_size = 32768  # fits uint16
 val_fraction = 0.001  # some 1,400 of 1,384,748 articles
 shard_tokens = 100_000_000  # 200 MB a file, which any disk and any copying takes
-_settings = 'core.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # has the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 prepare(os.path.dirname(os.path.abspath(__file__)),

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from core.files import find
-from core.pretrained import LAYERS, architecture_of, split_rows
-from core.quantize import FrozenLinear
-from model import GPTConfig, dropout
+from core.weights.huggingface import LAYERS, architecture_of, split_rows
+from core.weights.quantize import FrozenLinear
+from kernels import dropout
+from model import GPTConfig
 
 # settings of train.py
 lora_rank = 0  # of LoRA's adapters: their inner width, e.g. 16; only they are trained. 0: no LoRA, all weights are
@@ -54,7 +55,7 @@ class NewRows(nn.Module):
         return torch.cat([weight, self.rows])  # (V, C)
 
 
-def replace(model, kind, new):
+def replace_modules(model, kind, new):
     """Put new(child) in the place of each child module of this kind."""
     for module in [module for module in model.modules() if not isinstance(module, kind)]:  # nobody holds a child that has been replaced
         for name, child in module.named_children():
@@ -62,7 +63,7 @@ def replace(model, kind, new):
                 setattr(module, name, new(child))
 
 
-def adapt(model, origin, resumed, known, config, given, run):
+def add_lora(model, origin, resumed, known, config, given, run):
     """
     Give a network, which comes from `origin`, adapters where the settings `config` want some; a resumed one has its own or none, and then the settings become those. Ends
     the script with one line where they cannot be, or the command line, `given`, says otherwise. known: see add_adapters().
@@ -80,7 +81,7 @@ def adapt(model, origin, resumed, known, config, given, run):
         if origin == 'scratch':
             sys.exit(f'lora_rank={config["lora_rank"]}: adapters stand beside weights that are good already; say whose: --init_from=...')
         lora = {key: config[key] for key in SETTINGS} | {'base': origin, 'base_path': os.path.realpath(find(origin)) if os.path.exists(find(origin)) else ''}
-        add_adapters(model, {**lora, 'known': known, 'probe': probe(model)}, run.device)
+        add_adapters(model, {**lora, 'known': known, 'probe': sample_weights(model)}, run.device)
     had = model.lora or {'lora_rank': 0}
     for key in filter(had.__contains__, SETTINGS):
         if key in given and config[key] != had[key]:
@@ -98,7 +99,7 @@ def add_adapters(model, lora, device='cpu'):
     model.lora = lora
     model.requires_grad_(False)
     if lora['quantize_base']:
-        replace(model.transformer.h, nn.Linear, lambda linear: FrozenLinear(linear, lora['quantize_base'], device))
+        replace_modules(model.transformer.h, nn.Linear, lambda linear: FrozenLinear(linear, lora['quantize_base'], device))
     model.to(device)
     if model.config.reward:
         model.lm_head.requires_grad_(True)  # small, and what the answers are judged by
@@ -147,8 +148,8 @@ def merge(model):
         linear = layer.base.linear() if isinstance(layer.base, FrozenLinear) else layer.base
         linear.weight += layer.scale * layer.lora_B.weight @ layer.lora_A.weight
         return linear
-    replace(model, LoRALinear, merged)
-    replace(model, FrozenLinear, FrozenLinear.linear)
+    replace_modules(model, LoRALinear, merged)
+    replace_modules(model, FrozenLinear, FrozenLinear.linear)
     for module in {model.transformer.wte, model.lm_head}:
         if is_parametrized(module):
             weight = module.weight.detach()
@@ -163,7 +164,7 @@ def merge(model):
 def without_adapters(model):
     """The base as it was, a reference to measure from: a network of its own that shares the weights with `model`."""
     base = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    replace(base, LoRALinear, lambda layer: layer.base)
+    replace_modules(base, LoRALinear, lambda layer: layer.base)
     for module in {base.transformer.wte, base.lm_head}:
         if is_parametrized(module):
             original, added = module.parametrizations.weight.original, module.parametrizations.weight[0]
@@ -172,7 +173,7 @@ def without_adapters(model):
     return base.eval().requires_grad_(False)
 
 
-def probe(model):
+def sample_weights(model):
     """Some numbers of every tensor in the blocks of a network, by which another one is noticed."""
     return torch.cat([p.detach().flatten()[::max(1, p.numel() // 16)][:16].cpu() for p in model.transformer.h.parameters()])
 

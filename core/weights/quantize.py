@@ -10,7 +10,7 @@ from torch.nn import functional as F
 SMALL = 2**18  # weights; what fewer of them gain is less than what calling oneDNN costs
 
 
-def convert(model, dtype, rows=1):
+def prepare_for_inference(model, dtype, rows=1):
     """
     Turn a network, in place, into one that only computes: weights in `dtype` ('float32', 'bfloat16', 'float16'; 'int8': those of its Linears, and the
     rest in float32, on a GPU in bfloat16), laid out for `rows` tokens at a time. It can be neither trained nor saved any more. Returns it.
@@ -22,7 +22,7 @@ def convert(model, dtype, rows=1):
         torch.backends.mkldnn.set_flags(dtype != 'float32')  # for one row in fp32 its GELU takes 9 us, PyTorch's own one
     if dtype == 'int8':
         new = Int8Linear
-    elif cpu and (dtype != 'float32' or rows >= 4) and works(dtype):  # few rows in fp32 are MKL's fastest case
+    elif cpu and (dtype != 'float32' or rows >= 4) and packed_matmul_is_correct(dtype):  # few rows in fp32 are MKL's fastest case
         new = functools.partial(PackedLinear, rows=rows)
     else:
         return model
@@ -59,7 +59,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.weight, self.factors = eight_bits(linear.weight.detach().float())  # (out, in), (out,)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self.bytewise = self.weight.device.type == 'cpu' and works('int8')
+        self.bytewise = self.weight.device.type == 'cpu' and packed_matmul_is_correct('int8')
         if self.bytewise:
             self.zeros = torch.zeros(len(self.weight), dtype=torch.int32)
             self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None)
@@ -148,7 +148,7 @@ class FrozenProduct(torch.autograd.Function):
 
 
 @functools.cache
-def works(dtype):
+def packed_matmul_is_correct(dtype):
     """Whether this PyTorch and CPU multiply packed weights of this dtype, and right: CPUs without VNNI overflow where bytes are large."""
     weight = nn.Linear(64, 64, bias=False)
     weight.weight.data.fill_(1.0)

@@ -1,7 +1,7 @@
 """
 Runs a train.py, ours or nanoGPT's, as `python train.py ...` would, and stops it after some steps; bench.py starts this in a process of its own:
 
-    python core/watch.py '{"folder": "...", "result": "out.json", ...}' config/train_gpt2.py --batch_size=8
+    python benchmarks/run_and_time.py '{"folder": "...", "result": "out.json", ...}' config/train_gpt2.py --batch_size=8
 
 A step is known by the line that train.py prints about it. The file `result` gets the milliseconds of each and what else there is to know.
 """
@@ -67,10 +67,10 @@ if job['bare']:  # the same loop without looking after it: nothing saved, no jum
     from types import SimpleNamespace
 
     import core.device
-    import core.guard
-    import core.saver
-    core.saver.Saver.__call__ = core.saver.Saver.reserve = lambda *args, **kwargs: None
-    core.guard.watch_spikes = lambda: lambda loss: None
+    import core.training.log
+    import core.training.saver
+    core.training.saver.Saver.__call__ = core.training.saver.Saver.reserve = lambda *args, **kwargs: None
+    core.training.log.spike_detector = lambda: lambda loss: None
     core.device.catch_signals = lambda nothing_to_save: SimpleNamespace(signal=None)
 space = {'__name__': '__main__', '__file__': script, 'print': watched}
 try:

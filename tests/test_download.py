@@ -9,8 +9,8 @@ import zipfile
 import pytest
 from conftest import exit_line, write
 
-from core import fetch as module
-from core.fetch import fetch
+from core.text import download as module
+from core.text.download import fetch
 
 NO_NETWORK = {'http_proxy': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9', 'no_proxy': '', 'PIP_NO_INDEX': '1',
               'PIP_FIND_LINKS': '', 'PIP_CONFIG_FILE': os.devnull}

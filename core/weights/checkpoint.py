@@ -1,7 +1,6 @@
 """Checkpoints: one file that says everything about a run, written whole or not at all, and never unpickled beyond tensors."""
 import glob
 import math
-import operator
 import os
 import pickle
 import shutil
@@ -10,10 +9,11 @@ import sys
 import torch
 
 from core.files import atomic, find
-from core.lora import add_adapters, merge, probe, trained_weights, without_adapters
-from core.pretrained import download_pretrained, load_pretrained
-from core.tokenizer import Tokenizer, gpt2_tokenizer, load_tokenizer
-from core.tokens import open_dataset
+from core.text.dataset import open_dataset
+from core.text.tokenizer import Tokenizer, gpt2_tokenizer, has_tokenizer, load_tokenizer
+from core.weights.huggingface import download_pretrained, load_pretrained
+from core.weights.lora import add_adapters, merge, sample_weights, trained_weights, without_adapters
+from core.weights.vocabulary import fit_vocabulary, new_reward_head, resize_vocabulary
 from model import GPT, GPTConfig
 
 EARLIER = 'ckpt_{:08d}.pt'  # names of the checkpoints before the last, by their steps
@@ -102,7 +102,7 @@ def checkpoint_path(out_dir, ckpt=''):
 def build_model(checkpoint, path, device='cpu', **overrides):
     """The network of a checkpoint, on the CPU, with some of its arguments (dropout) overridden; one with adapters, which needs its base, on the device."""
     if checkpoint.get('lora'):
-        model = adapted_base(checkpoint, path, device, **overrides)
+        model = load_adapted(checkpoint, path, device, **overrides)
     else:
         model = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
     try:
@@ -114,7 +114,7 @@ def build_model(checkpoint, path, device='cpu', **overrides):
     return model
 
 
-def adapted_base(checkpoint, path, device, **overrides):
+def load_adapted(checkpoint, path, device, **overrides):
     """The network that a checkpoint's adapters belong to, with new ones in their places."""
     lora, args = checkpoint['lora'], GPTConfig(**checkpoint['model_args'])
     base = lora['base_path'] if os.path.exists(lora['base_path']) else lora['base']
@@ -122,7 +122,7 @@ def adapted_base(checkpoint, path, device, **overrides):
         sys.exit(f'{path}: it has adapters alone, and their base is gone: {lora["base_path"]}; put it back there, or where {lora["base"]} finds it from here')
     print(f'{path} has adapters alone; their base is {base}')
     model, _ = load_model(base, **overrides)
-    found = probe(model)
+    found = sample_weights(model)
     if found.shape != lora['probe'].shape or not found.allclose(lora['probe'], atol=1e-5):
         sys.exit(f'{path}: its adapters belong to other weights than those that are in {lora["base"]} now; put back what it was trained from')
     resize_vocabulary(model, lora['known'], args.vocab_size)
@@ -131,13 +131,6 @@ def adapted_base(checkpoint, path, device, **overrides):
     if args.reward and not model.config.reward:
         new_reward_head(model)
     return model
-
-
-def new_reward_head(model):
-    """A head of one number, which starts at 0, in the place of that for the vocabulary."""
-    model.config.reward = True
-    model.lm_head = torch.nn.Linear(model.config.n_embd, 1, bias=False, device=model.lm_head.weight.device)
-    torch.nn.init.zeros_(model.lm_head.weight)
 
 
 def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
@@ -165,49 +158,6 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
     return model, checkpoint
 
 
-def rows_for(vocab_size):
-    """How many rows a network has for a vocabulary: above 4,096 ids a multiple of 64, which matrix units like."""
-    return vocab_size if vocab_size <= 4096 else -(-vocab_size // 64) * 64
-
-
-def fit_vocabulary(model, source, data, origin):
-    """
-    Make room in a network, as load_model returned it with its source, for the role tokens that a dataset's tokenizer has appended to its own. Returns how many rows
-    of the vocabulary are still the network's own. Ends the script with one line where the two do not belong together.
-    """
-    known, ours, theirs = model.config.vocab_size, data.tokenizer, None
-    if isinstance(source, str):
-        theirs = load_tokenizer(source) if has_tokenizer(source) else None
-    elif source.get('tokenizer'):
-        theirs = Tokenizer(source['tokenizer'])
-    if theirs and ours and theirs.json != ours.json:
-        if not (all(map(operator.eq, ours.pieces, theirs.pieces)) if isinstance(source, str) else ours.extends(theirs)):  # Qwen2's has fewer tokens than Qwen3's, but the same
-            sys.exit(f'dataset={data.folder} is cut into tokens by another tokenizer than the text that {origin} was trained on; prepare it with that one')
-        known = min(known, theirs.vocab_size)
-    grows = data.kind and data.vocab_size > known
-    if grows:
-        resize_vocabulary(model, known, max(rows_for(data.vocab_size), model.config.vocab_size))
-    eot_on_top = ours is not None and ours.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
-    if data.vocab_size - eot_on_top > model.config.vocab_size:
-        sys.exit(f'dataset={data.folder} has {data.vocab_size:,} token ids and {origin} only {model.config.vocab_size:,}; they need the same tokenizer')
-    return known if grows else model.config.vocab_size
-
-
-def resize_vocabulary(model, known, rows):
-    """
-    From now on a vocabulary of so many rows, of which the `known` first ones are as before, and the others start as the mean of these
-    (Hewitt 2021: https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
-    """
-    for module in {model.transformer.wte, model.transformer.wte if model.config.reward else model.lm_head}:
-        old = module.weight.detach()
-        new = old[:known].mean(dim=0).repeat(rows, 1)
-        new[:known] = old[:known]
-        module.weight = torch.nn.Parameter(new)
-    model.config.vocab_size = len(new)
-    if model.config.tied and not model.config.reward:
-        model.transformer.wte.weight = model.lm_head.weight
-
-
 def load_reference(path, data, run, model=None):
     """
     A network that is not trained but asked, on the device: a checkpoint, a run's folder or a Hugging Face model's, with the vocabulary of the dataset. Where it is the base
@@ -220,15 +170,10 @@ def load_reference(path, data, run, model=None):
     return model.to(run.device).eval().requires_grad_(False)
 
 
-def check_writes(model, name):
+def refuse_reward_model(model, name):
     """End the script with one line where it is a reward model."""
     if model.config.reward:
         sys.exit(f'{name}: this is a reward model, which judges text and writes none; take the model that it was made from')
-
-
-def has_tokenizer(folder):
-    """Whether a Hugging Face folder comes with one that load_tokenizer() reads."""
-    return any(os.path.exists(os.path.join(folder, name)) for name in ('tokenizer.json', 'vocab.json'))
 
 
 def source_tokenizer(source):

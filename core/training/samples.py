@@ -5,9 +5,10 @@ import sys
 
 import torch
 
-from core.chat import answers, render, text_of
 from core.files import atomic
-from core.tokens import read_document
+from core.inference.generation import generate_answers
+from core.text.chat_template import answer_text, render
+from core.text.dataset import read_document
 
 
 def show_batch(batch, tokenizer):
@@ -47,7 +48,7 @@ def show_samples(model, data, prompts, max_new_tokens, step, out_dir, run):
     """Print what the network makes of prompts [(text, ids)], always by the same random numbers, and add it to out_dir/samples.jsonl, where what a run wrote in steps that it has lost is dropped."""
     model.eval()
     with run.ctx():
-        *_, rows = answers(model, data.tokenizer, [ids[-model.config.block_size:] for _, ids in prompts], max_new_tokens, range(len(prompts)),
+        *_, rows = generate_answers(model, data.tokenizer, [ids[-model.config.block_size:] for _, ids in prompts], max_new_tokens, range(len(prompts)),
                            None if data.kind else -1, temperature=0.8, top_k=200)  # a text goes on and on
     model.train()
     path, samples = os.path.join(out_dir, 'samples.jsonl'), []
@@ -55,7 +56,7 @@ def show_samples(model, data, prompts, max_new_tokens, step, out_dir, run):
         with open(path, encoding='utf-8') as f:
             samples = [sample for sample in map(json.loads, f) if sample.get('step', step) < step]
     for (text, _), row in zip(prompts, rows):
-        said = text_of(data.tokenizer, row) if data.kind else data.tokenizer.decode(row)
+        said = answer_text(data.tokenizer, row) if data.kind else data.tokenizer.decode(row)
         print(f'sample at step {step}: {text}' + '\n' * bool(data.kind) + said, flush=True)
         samples.append({'step': step, 'prompt': text, 'text': said})
     try:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import TINY, losses_of, run_script
 
-from core.tokenizer import char_tokenizer
-from core.tokens import open_dataset, windows
+from core.text.dataset import open_dataset, windows
+from core.text.tokenizer import char_tokenizer
 from objectives import next_token
 
 LETTERS = char_tokenizer('abcdefgh石头')

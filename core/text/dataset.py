@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from core.files import find
-from core.tokenizer import EOT, char_tokenizer, gpt2_tokenizer, load_tokenizer
+from core.text.tokenizer import EOT, char_tokenizer, gpt2_tokenizer, load_tokenizer
 
 
 class Dataset(SimpleNamespace):
@@ -183,7 +183,7 @@ def windows(data, split, starts, block_size):
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def documents(data, split, numbers, block_size):
+def pack_documents(data, split, numbers, block_size):
     """Whole documents of a split, by their numbers (n,), packed: tokens, targets, of which -1 count not, and which one of the n each token belongs to, n for padding; (rows, T) int64 each."""
     texts = []
     for number in numbers:

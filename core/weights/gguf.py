@@ -10,10 +10,10 @@ import sys
 
 import torch
 
-from core.chat import JINJA, can_chat, end_of_turn
 from core.files import atomic
-from core.pretrained import architecture_of, split_rows
-from core.tokenizer import BYTE_OF, EOT, GPT2_SPLIT, QWEN2_SPLIT
+from core.text.chat_template import JINJA, can_chat, end_of_turn
+from core.text.tokenizer import BYTE_OF, EOT, GPT2_SPLIT, QWEN2_SPLIT
+from core.weights.huggingface import architecture_of, split_rows
 
 FILE_TYPES = {'f32': 0, 'f16': 1, 'q4_0': 2, 'q8_0': 7, 'bf16': 32}  # how general.file_type numbers them
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # and tokenizer.ggml.token_type its kinds of tokens
@@ -29,7 +29,7 @@ LLAMA3_SPLIT = QWEN2_SPLIT.replace(r'\p{N}|', r'\p{N}{1,3}|')
 WORDS = {(GPT2_SPLIT, False): 'gpt-2', (QWEN2_SPLIT, False): 'qwen2', (LLAMA3_SPLIT, True): 'llama-bpe', (LLAMA3_SPLIT, False): 'dbrx'}
 SYMBOL_OF = {ord(byte): symbol for symbol, byte in BYTE_OF.items()}  # the printable character that stands for a byte
 
-# core.chat.JINJA in Go's language
+# core.text.chat_template.JINJA in Go's language
 CHATML = '{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n'
 
 

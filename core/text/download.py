@@ -168,7 +168,7 @@ def hub_files(repo, pattern, name):
 @functools.cache  # the documents are read twice
 def _list_hub(repo, pattern, name):
     """(True, paths of files that are here) or (False, names of files that the hub has)."""
-    from core.documents import find_files
+    from core.text.documents import find_files
     mirrored = os.path.join(os.path.expanduser(os.environ.get('DATA_MIRROR', '')), name)
     if os.environ.get('DATA_MIRROR') and os.path.isdir(mirrored):
         files = find_files(mirrored)

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: log.csv in out_dir, and wandb and TensorBoard if asked."""
 import csv
+import math
 import os
 import sys
 
@@ -68,3 +69,22 @@ def start_wandb(config, out_dir, run_id):
         mode = 'offline'
         print('wandb: not logged in, so this run is logged offline; `wandb login` first, or `wandb sync` the folder later')
     return wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, dir=out_dir, mode=mode, id=run_id, resume='allow')
+
+
+def spike_detector(sigmas=6, patience=50):
+    """A function to be told the loss of every step. It returns the mean before a jump of so many standard deviations, else None; of several in
+    a row only at the first. Mean and deviation are those of about the last 50 steps."""
+    count, mean, variance, high = 0, 0.0, 0.0, False
+
+    def jumped(loss):
+        nonlocal count, mean, variance, high
+        if not math.isfinite(loss):
+            return None  # which is a matter of its own
+        before, was_high, limit = mean, high, sigmas * variance**0.5
+        high = count >= patience and loss > mean + max(limit, 0.1)
+        away = min(loss - mean, limit) if high else loss - mean
+        count += 1
+        mean += away * max(1 / patience, 1 / count)
+        variance += (away**2 * (count > 1) - variance) * max(1 / patience, 1 / count)
+        return before if high and not was_high else None
+    return jumped

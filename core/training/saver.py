@@ -1,85 +1,13 @@
 """The folder of a run: claimed by one process at a time, and its checkpoints, written beside training so that a kill at any moment loses little."""
-import glob
-import json
 import os
 import sys
-import tempfile
 import threading
 import time
 
 import torch
-from filelock import FileLock, Timeout
 
-from core.checkpoint import EARLIER, checkpoint_path, copy_checkpoint, earlier_checkpoints, load_checkpoint, load_last, save_checkpoint
-from core.device import all_reduce
-from core.files import atomic
-from core.parallel import whole
-
-
-def claim(out_dir):
-    """Make the folder, lock it until this process ends, however it ends, and clear away what a killed one left half-written. Returns the lock.
-    Ends the script with one line where another run holds the folder, or nothing can be written to it."""
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-        lock = FileLock(os.path.join(out_dir, 'lock'), timeout=0, is_singleton=True)  # the same process may claim it twice
-        lock.acquire()
-        for name in glob.glob(os.path.join(glob.escape(out_dir), '*.tmp[0-9]*')):
-            os.remove(name)
-        return lock
-    except Timeout:
-        sys.exit(f'out_dir={out_dir}: another run is writing there; wait for its end or stop it, or choose another --out_dir')
-    except NotImplementedError:
-        print(f'warning: the file system of {out_dir} has no locks, so nothing keeps a second run from writing there')
-    except OSError as error:
-        sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
-
-
-def introduce(out_dir, **known):
-    """Write run.json: the name of the run that the folder belongs to, what started it, and its settings. A full disk ends the script with one line."""
-    path = os.path.join(out_dir, 'run.json')
-    try:
-        with atomic(path, 'w') as f:
-            json.dump(known, f, indent=2, ensure_ascii=False)
-    except OSError as error:
-        sys.exit(f'{path}: cannot be written: {error.strerror}')
-
-
-def introduced(out_dir):
-    """What is in run.json; {} where there is none."""
-    try:
-        with open(os.path.join(out_dir, 'run.json'), encoding='utf-8') as f:
-            return dict(json.load(f))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
-def any_saved(out_dir):
-    """Whether the folder has a checkpoint, of whichever run."""
-    return any(map(os.path.exists, (*(os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt')), *earlier_checkpoints(out_dir))))
-
-
-def what_to_start_from(init_from, out_dir, run):
-    """
-    What train.py's init_from means now: 'auto' is 'resume' if there is a checkpoint and 'scratch' if not. Processes that torchrun has started again, after one
-    was lost or joined them, resume what their run has saved, but not what an earlier run has left in its folder.
-    """
-    launch = ''  # torchrun's own name and place, which are the same after a restart and not in another launch
-    if run.ddp and os.environ.get('TORCHELASTIC_RUN_ID', 'none') != 'none':
-        launch = ' '.join(os.environ[key] for key in ('TORCHELASTIC_RUN_ID', 'MASTER_ADDR', 'MASTER_PORT'))
-    known = introduced(out_dir)
-    again = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 or launch != '' and known.get('launch') == launch
-    again = all_reduce([again], run).item() > 0  # torchrun counts a restart only on the machine that lost a process
-    saved = False
-    if run.master and init_from == 'auto':
-        saved = any_saved(out_dir)
-    elif run.master and again and init_from != 'resume':
-        try:
-            saved = load_last(out_dir, 'meta')[0].get('run_id') == known['run_id']
-        except (KeyError, SystemExit):
-            pass
-    saved = all_reduce([saved], run).item()  # as the first process sees it
-    return 'resume' if saved else 'scratch' if init_from == 'auto' else init_from, launch
+from core.distributed import full_tensor
+from core.weights.checkpoint import EARLIER, checkpoint_path, copy_checkpoint, earlier_checkpoints, load_checkpoint, save_checkpoint
 
 
 def save_weights(out_dir):
@@ -140,7 +68,7 @@ class Saver:
             return [self.copy(value, (*path, i)) for i, value in enumerate(tree)]
         if not isinstance(tree, torch.Tensor):
             return tree
-        key, tree = (tree.data_ptr() or path, tree.shape), whole(tree)
+        key, tree = (tree.data_ptr() or path, tree.shape), full_tensor(tree)
         if self.run.master:
             if key not in self.copies:
                 self.copies[key] = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)

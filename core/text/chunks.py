@@ -4,7 +4,7 @@ import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-from core.documents import BLOCK
+from core.text.documents import BLOCK
 
 # Where words end whatever follows, in GPT-2 and Qwen2 and others like them: after a line feed that stands alone, before a space that stands
 # alone, and between a letter and a mark.

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 
-from core.chat import chat_tokenizer, check, render
-from core.fetch import progress
 from core.files import atomic, find
+from core.text.chat_template import chat_tokenizer, check_messages, render
+from core.text.download import progress
 
 SPEAKERS = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'chatgpt': 'assistant', 'system': 'system'}  # ShareGPT's and ours
 
@@ -56,7 +56,7 @@ def understand(record):
         messages = [{'role': 'system', 'content': record.get('system')}] * bool(record.get('system')) + messages
     else:
         raise ValueError("expected 'messages' (OpenAI), 'conversations' (ShareGPT), 'instruction' and 'output' (Alpaca), or 'chosen' and 'rejected'")
-    check(messages)
+    check_messages(messages)
     if not any(message['role'] == 'assistant' and message['content'] for message in messages):
         raise ValueError('the assistant says nothing in this conversation, so there is nothing to learn')
     return messages
@@ -74,7 +74,7 @@ def preference(record):
     prompt = record['chosen'][:-1] if isinstance(record.get('chosen'), list) else None
     prompt = prompt or record.get('messages', record.get('prompt'))
     messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
-    check(messages)
+    check_messages(messages)
     if messages[-1]['role'] == 'assistant':
         raise ValueError("the prompt of a preference ends with the assistant's answer; expected it to end with what is answered")
     if isinstance(record.get('chosen'), list) and isinstance(record.get('rejected'), list) and record['chosen'][:-1] != record['rejected'][:-1]:

@@ -7,7 +7,7 @@ import zipfile
 
 import torch
 
-from core.chat import JINJA, can_chat, end_of_turn
+from core.text.chat_template import JINJA, can_chat, end_of_turn
 from model import GPT, GPTConfig
 
 
@@ -67,7 +67,7 @@ def split_rows(layer, config):
     return {'attn.c_attn': [heads * config.head_size for heads in (config.n_head, config.n_kv_head, config.n_kv_head)], 'mlp.c_fc': [config.n_inner] * 2}[layer]
 
 
-def theirs(key, p, config):
+def huggingface_names(key, p, config):
     """Our parameter `key` as a Hugging Face folder has it: [(name there, a view of p)]. So reading and writing are the same list."""
     layer, _, kind = key.rpartition('.')
     if not config.rope_theta:  # OpenAI's Conv1D keeps its matrices transposed
@@ -106,7 +106,7 @@ def load_pretrained(name, dropout=0.0):
     model.to_empty(device='cpu')
     if config.tied:
         model.transformer.wte.weight = model.lm_head.weight
-    ours = {key: view for name, p in model.named_parameters() for key, view in theirs(name, p.detach(), config)}
+    ours = {key: view for name, p in model.named_parameters() for key, view in huggingface_names(name, p.detach(), config)}
     ignored = {key for key in state if re.search(r'\.attn\.(masked_)?bias$|\.inv_freq$', key) or key == 'lm_head.weight' and config.tied}  # no parameters
     wrong = {f'{key} is missing' for key in ours.keys() - state} | {f'{key} is unknown' for key in state.keys() - ours - ignored}
     wrong |= {f'{key} is {state[key].dtype}, expected floating point' for key in ours.keys() & state if not state[key].is_floating_point()}
@@ -175,7 +175,7 @@ def hf_config(config, name):
 
 def hf_weights(model, dtype):
     """The tensors of a Hugging Face folder {name: tensor}, in `dtype`. Where GPT-2 has biases and the network none, they are 0."""
-    state = {name: view for key, p in model.named_parameters() for name, view in theirs(key, p.detach(), model.config)}
+    state = {name: view for key, p in model.named_parameters() for name, view in huggingface_names(key, p.detach(), model.config)}
     if not model.config.rope_theta:
         with torch.device('meta'):
             full = GPT(GPTConfig(**{**vars(model.config), 'bias': True}))

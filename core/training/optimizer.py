@@ -4,7 +4,7 @@ import torch.distributed as dist
 from torch.optim.adamw import adamw
 
 from core.device import fast_bf16_cpu
-from core.parallel import gathered, local, sharded_like
+from core.distributed import all_gather_like, shard_like, to_local
 
 OPTIMIZERS = ('adamw', 'muon')
 
@@ -32,11 +32,11 @@ class Optimizer:
         for group in self.param_groups:
             params, states = group['params'], self.state[start:start + len(group['params'])]
             start += len(params)
-            grads = [local(p.grad) for p in params]
+            grads = [to_local(p.grad) for p in params]
             if group['rule'] == 'muon':
-                muon(params, group['parts'], grads, [local(s['momentum_buffer']) for s in states], group['lr'], group['momentum'], group['weight_decay'])
+                muon(params, group['parts'], grads, [to_local(s['momentum_buffer']) for s in states], group['lr'], group['momentum'], group['weight_decay'])
             elif params:
-                adamw([local(p) for p in params], grads, *([local(s[key]) for s in states] for key in ('exp_avg', 'exp_avg_sq')), [], [s['step'] for s in states],
+                adamw([to_local(p) for p in params], grads, *([to_local(s[key]) for s in states] for key in ('exp_avg', 'exp_avg_sq')), [], [s['step'] for s in states],
                       foreach=False, fused=params[0].device.type in ('cuda', 'cpu'), amsgrad=False, maximize=False, lr=group['lr'],
                       beta1=group['betas'][0], beta2=group['betas'][1], weight_decay=group['weight_decay'], eps=1e-8)
 
@@ -59,7 +59,7 @@ class Optimizer:
             raise ValueError('it has other parameters, or is of another kind')
         for i, state in enumerate(self.state if saved else []):  # torch's is empty before the first step
             for key, value in state.items():
-                local(value).copy_(sharded_like(torch.as_tensor(saved[i][key]), value))
+                to_local(value).copy_(shard_like(torch.as_tensor(saved[i][key]), value))
 
 
 def muon(params, parts, grads, buffers, lr, momentum, weight_decay):
@@ -73,13 +73,13 @@ def muon(params, parts, grads, buffers, lr, momentum, weight_decay):
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     updates = torch._foreach_lerp(grads, buffers, momentum)
     batches = {}  # shape: matrices and what they move by
-    moved = [p if p is local(p) else torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in params]
+    moved = [p if p is to_local(p) else torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in params]
     for p, target, update, rows in zip(params, moved, updates, parts):
-        for matrix, direction in zip(target.split(rows), gathered(update, p).split(rows)):
+        for matrix, direction in zip(target.split(rows), all_gather_like(update, p).split(rows)):
             weights, directions = batches.setdefault(matrix.shape, ([], []))
             weights.append(matrix)
             directions.append(direction)
-    torch._foreach_mul_([local(p) for p in params], 1 - lr * weight_decay)
+    torch._foreach_mul_([to_local(p) for p in params], 1 - lr * weight_decay)
     for shape, (weights, directions) in batches.items():
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         share = -(-len(weights) // world_size)
@@ -94,7 +94,7 @@ def muon(params, parts, grads, buffers, lr, momentum, weight_decay):
         torch._foreach_add_(weights, list(directions[:len(weights)]), alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5)
     for p, target in zip(params, moved):
         if target is not p:
-            local(p).add_(sharded_like(target, p))
+            to_local(p).add_(shard_like(target, p))
 
 
 def orthogonalize(matrices, steps=5):

@@ -7,9 +7,9 @@ import torch
 from conftest import TINY_LOADED, exit_line, losses_of, run_script, write
 from torch.nn import functional as F
 
-from core.checkpoint import load_checkpoint
-from core.pretrained import load_pretrained, theirs
-from core.tokenizer import char_tokenizer
+from core.text.tokenizer import char_tokenizer
+from core.weights.checkpoint import load_checkpoint
+from core.weights.huggingface import huggingface_names, load_pretrained
 
 transformers = pytest.importorskip('transformers')
 
@@ -55,7 +55,7 @@ def test_logits_and_gradients_equal_transformers(name, tmp_path):
     model(idx, targets).mean().backward()
     gradients = {key: p.grad for key, p in hf.named_parameters()}
     for ours, p in model.named_parameters():
-        for key, gradient in theirs(ours, p.grad, model.config):
+        for key, gradient in huggingface_names(ours, p.grad, model.config):
             assert (gradient - gradients[key]).abs().max() <= 1e-5 < gradient.abs().max(), key
 
 

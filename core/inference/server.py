@@ -13,72 +13,16 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
-from core.chat import END, HEADS, START, answers, check, render, text_of
 from core.files import ROOT
-from core.tokenizer import EOT
+from core.inference.conversation import check_range, fit_into_context, stream_reply
+from core.text.chat_template import check_messages
 
-LIMITS = {'max_new_tokens': (1, 2**31 - 1), 'temperature': (0.0, 100.0), 'top_k': (0, 2**31 - 1), 'top_p': (0.0, 1.0), 'min_p': (0.0, 1.0), 'seed': (0, 2**63 - 1)}
 OURS = {'max_tokens': 'max_new_tokens', 'max_completion_tokens': 'max_new_tokens', 'temperature': 'temperature', 'top_p': 'top_p', 'seed': 'seed'}  # by OpenAI's names
 PATIENCE = 30  # seconds that a request may take to arrive
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"  # what the page may load
 
 
-def within(key, value, name=''):
-    """The value of a setting of answers; ValueError where it is of the wrong type or out of range, which NaN is, too."""
-    low, high = LIMITS[key]
-    if type(value) not in {int, type(low)} or not low <= value <= high:
-        raise ValueError(f'{name or key}={value!r:.50}: expected {"an int" if type(low) is int else "a number"}, {low:g} to {high:,}')
-    return value
-
-
-def fit(messages, tokenizer, block_size, room=None):
-    """
-    The ids (T,) that ask for an answer to a conversation, and the messages that are in them: with `room`, the oldest exchanges are left out until there is
-    space for an answer of that many tokens; never a system message or the last message. ValueError, one line, where no answer can follow.
-    """
-    check(messages)
-    if messages[-1]['role'] != 'user':
-        raise ValueError("the last message: expected one with the role 'user'")
-    unknown = tokenizer.unknown(''.join(dict.fromkeys(''.join(message['content'] for message in messages))))  # each once: no name of a token is left in it
-    if unknown:
-        raise ValueError(f'not in this vocabulary: {", ".join(f"{char!r} (U+{ord(char):04X})" for char in unknown[:10])}{", ..." * (len(unknown) > 10)}; write it without')
-    parts = [render([message], tokenizer)[0] for message in messages]
-    head = render([], tokenizer, reply=True)[0]
-    size, left = sum(map(len, parts)) + len(head), set()
-    for i, message in enumerate(messages[:-1] if room else []):
-        if size + room <= block_size and not (left and message['role'] == 'assistant'):  # an answer goes with its question
-            break
-        if message['role'] != 'system':
-            left.add(i)
-            size -= len(parts[i])
-    if size > block_size:
-        raise ValueError(f'the prompt has {size:,} tokens, the context of this network {block_size:,}: shorten it')
-    return np.concatenate([part for i, part in enumerate(parts) if i not in left] + [head]), [message for i, message in enumerate(messages) if i not in left]
-
-
-def reply(model, tokenizer, ids, max_new_tokens, seed, stops=(), **choice):
-    """
-    The answer to what fit() returned, as it comes: yields after every token the next piece of text, which may be '', and None or why the answer ends here:
-    'stop' after its last token, or any other of the template's, and before one of the texts `stops`; 'length' after max_new_tokens and where the context is full.
-    seed and choice: see core.chat.answers.
-    """
-    ends = {tokenizer.specials.get(name) for name in (EOT, START, END, f'{END}\n', *HEADS.values())}
-    most, held, shown = min(max_new_tokens, model.config.block_size + 1 - len(ids)), max(map(len, stops), default=1) - 1, 0
-    for (row,) in answers(model, tokenizer, [ids], most, [seed], **choice):
-        over = row[-1] in ends
-        text = text_of(tokenizer, row[:-1] if over else row)
-        stop = min((text.index(stop) for stop in stops if stop in text), default=None)
-        reason = 'stop' if over or stop is not None else 'length' if len(row) == most else None
-        settled = len(text[:stop]) if reason else max(shown, len(text) - held)  # what may still become a text to stop at waits
-        yield text[shown:settled], reason
-        if reason:
-            return
-        shown = settled
-
-
-def understand(body, defaults, system=''):
+def parse_request(body, defaults, system=''):
     """
     What the bytes of a request ask for: (messages, settings as in LIMITS, its own fields); system: the system message of those that bring none. ValueError,
     one line, where they make no sense. Fields not named here are ignored.
@@ -92,7 +36,7 @@ def understand(body, defaults, system=''):
     if not isinstance(request, dict):
         raise ValueError('the body: expected a JSON object')
     request = {key: value for key, value in request.items() if value is not None}
-    settings = {**defaults, **{ours: within(ours, request[theirs], theirs) for theirs, ours in OURS.items() if theirs in request}}
+    settings = {**defaults, **{ours: check_range(ours, request[theirs], theirs) for theirs, ours in OURS.items() if theirs in request}}
     stop = request.get('stop', [])
     request['stop'] = [stop] if isinstance(stop, str) else stop
     options = request.get('stream_options', {})
@@ -105,11 +49,11 @@ def understand(body, defaults, system=''):
         if not good:
             raise ValueError(what)
     messages = request.get('messages')
-    check(messages)
+    check_messages(messages)
     return [{'role': 'system', 'content': system}] * (system != '' and all(message['role'] != 'system' for message in messages)) + messages, settings, request
 
 
-def application(model, tokenizer, name, settings, system='', max_requests=4, max_body=2**20, hosts=(), stopping=lambda: False):
+def build_app(model, tokenizer, name, settings, system='', max_requests=4, max_body=2**20, hosts=(), stopping=lambda: False):
     """
     The ASGI application. name: of the model; settings, as in LIMITS, and system: what requests do not choose; hosts: by what names a browser may have found it, any if
     there are none; stopping: asked between tokens. All tokens are computed in one thread, one at a time: answers take turns, and each is as it would be alone.
@@ -121,7 +65,7 @@ def application(model, tokenizer, name, settings, system='', max_requests=4, max
     from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
     worker, numbers, started, busy = ThreadPoolExecutor(1), itertools.count(), int(time.time()), 0
-    with open(os.path.join(ROOT, 'core', 'page.html'), encoding='utf-8') as f:
+    with open(os.path.join(ROOT, 'core', 'inference', 'page.html'), encoding='utf-8') as f:
         html = f.read()
 
     def compute(*call):
@@ -144,9 +88,9 @@ def application(model, tokenizer, name, settings, system='', max_requests=4, max
         if request.headers.get('content-type', '').partition(';')[0].strip().lower() != 'application/json':  # which other sites' pages cannot send without asking
             return error(415, 'expected Content-Type: application/json')
         try:
-            messages, choice, asked = understand(await asyncio.wait_for(body_of(request), PATIENCE), settings, system)
+            messages, choice, asked = parse_request(await asyncio.wait_for(body_of(request), PATIENCE), settings, system)
             room = max(1, min(choice['max_new_tokens'], model.config.block_size // 4)) if asked.get('truncation') == 'auto' else None
-            ids, kept = await compute(fit, messages, tokenizer, model.config.block_size, room)
+            ids, kept = await compute(fit_into_context, messages, tokenizer, model.config.block_size, room)
         except ValueError as reason:
             return error(400, str(reason))
         except asyncio.TimeoutError:
@@ -154,7 +98,7 @@ def application(model, tokenizer, name, settings, system='', max_requests=4, max
         except ClientDisconnect:
             return Response(status_code=400)  # to nobody
         choice['seed'] = asked.get('seed', [settings['seed'], next(numbers)])
-        pieces, length, reason = reply(model, tokenizer, ids, stops=asked['stop'], **choice), 0, None
+        pieces, length, reason = stream_reply(model, tokenizer, ids, stops=asked['stop'], **choice), 0, None
         about = {'id': f'chatcmpl-{uuid.uuid4().hex}', 'object': 'chat.completion', 'created': int(time.time()), 'model': name}
 
         async def come():
@@ -241,7 +185,7 @@ def run_server(model, tokenizer, name, settings, system, host, port, max_request
     if not local:
         print(f'warning: host={host}: whoever reaches this machine can use the model, without a password', file=sys.stderr)
     hosts = {'localhost', '127.0.0.1', '[::1]', host.lower(), f'[{host.lower()}]'} if local else ()
-    app = application(model, tokenizer, name, settings, system, max_requests, max_body, hosts, lambda: server.should_exit)
+    app = build_app(model, tokenizer, name, settings, system, max_requests, max_body, hosts, lambda: server.should_exit)
     server = uvicorn.Server(uvicorn.Config(app, log_level='error', timeout_graceful_shutdown=1, lifespan='off'))
     print(f'http://{f"[{host}]" if ":" in host else host}:{port} is a page to talk to {name}, and OpenAI\'s API at /v1 (Ctrl-C ends it)', flush=True)
     try:

@@ -1,0 +1,3 @@
+"""What train.py uses: settings checks, run folder, checkpoint writer, optimizers, logging, evaluation.
+Imports everything else in core/ and model.py.
+"""
