@@ -3,7 +3,7 @@ Evaluate a model: its loss on a text, also in bits per byte, and its answers to 
 
     python evaluate.py --out_dir=out-shakespeare-char                              # validation split of its dataset
     python evaluate.py --out_dir=out-shakespeare-char --dtype=float32,int8         # what rounding the weights costs
-    python evaluate.py --init_from=gpt2 --data=my.txt --stride=256                # each token after at least 768 others
+    python evaluate.py --init_from=gpt2 --data=my.txt --stride=256                 # each token after 768 or more others
     python evaluate.py --init_from=gpt2 --tasks=hellaswag_val.jsonl                # HellaSwag's format
     python evaluate.py --init_from=gpt2 --lm_eval=piqa,arc_easy                    # tasks of lm-evaluation-harness
 """

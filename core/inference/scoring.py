@@ -115,7 +115,7 @@ def multiple_choice(model, tokenizer, questions, delimiter=' ', batch_size=8):
 
 def harness(model, tokenizer, tasks, folder='', limit=0, batch_size=8):
     """
-    Evaluate tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), also those in a folder
+    Evaluate tasks of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), also of a folder
     of .yaml files. Returns its results.
     """
     try:
