@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, exit_line, run_script, write
-from test_pretrained import NETWORKS, make
+from test_huggingface import NETWORKS, make
 
 from core.files import atomic_folder
 from core.text.tokenizer import add_specials, char_tokenizer, gpt2_tokenizer, prune_tokenizer, qwen2_tokenizer, train_bpe
