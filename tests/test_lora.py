@@ -16,7 +16,7 @@ from torch import nn
 from core.text.tokenizer import char_tokenizer
 from core.weights.checkpoint import build_model, load_checkpoint, load_model, save_checkpoint
 from core.weights.huggingface import save_pretrained
-from core.weights.lora import LoRALinear, add_adapters, describe_adapters, merge, sample_weights, trained_weights, without_adapters
+from core.weights.lora import LoRALinear, add_adapters, describe_adapters, merge, weight_sample, trained_weights, without_adapters
 from core.weights.quantize import FrozenLinear
 from core.weights.vocabulary import resize_vocabulary
 from model import GPT
@@ -145,7 +145,7 @@ def test_adapters_load_in_peft(style, tmp_path):
     (tmp_path / 'base').mkdir()
     save_pretrained(tmp_path / 'base', plain, tokenizer, 'float32', 'x')
     model = adapted(style)
-    lora = {**LORA, 'base': str(tmp_path / 'base'), 'base_path': '', 'probe': sample_weights(load_model(str(tmp_path / 'base'))[0])}
+    lora = {**LORA, 'base': str(tmp_path / 'base'), 'base_path': '', 'probe': weight_sample(load_model(str(tmp_path / 'base'))[0])}
     save_checkpoint({'model': trained_weights(model), 'model_args': vars(model.config), 'lora': lora, 'tokenizer': tokenizer.json, 'config': {}}, str(tmp_path / 'lora.pt'))
     idx = torch.randint(97, (3, 20))
     for to, merged in (('adapter', '--merge=False'), ('whole', '--merge=True')):
