@@ -28,7 +28,7 @@ def save_as_nanogpt(path, dataset):
 
 
 def test_sample_with_nanogpts_meta_pkl_alone(tmp_path):
-    """The vocabulary of a nanoGPT checkpoint is in data/<dataset>/meta.pkl. No token files are needed to sample, as in nanoGPT."""
+    """A nanoGPT checkpoint's vocabulary is in data/<dataset>/meta.pkl. As in nanoGPT, no token files are needed."""
     save_as_nanogpt(tmp_path / 'out' / 'ckpt.pt', 'letters')
     folder = tmp_path / 'data' / 'letters'
     folder.mkdir(parents=True)
