@@ -194,15 +194,16 @@ def test_adapters_load_in_peft(style, tmp_path):
     """transformers and peft compute the same from an exported base and adapter, and from an exported merged model."""
     peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
     tok = char_tokenizer(map(chr, range(33, 129)))
-    base = str(tmp_path / 'base')
+    base_folder = str(tmp_path / 'base')
     plain = network(**style)
-    os.mkdir(base)
-    save_pretrained(base, plain, tok, 'float32', 'x')
+    os.mkdir(base_folder)
+    save_pretrained(base_folder, plain, tok, 'float32', 'x')
     model = adapted(style)
+    probe = weight_sample(load_model(base_folder)[0])
     checkpoint = {
         'model': trained_weights(model),
         'model_args': vars(model.config),
-        'lora': {**LORA, 'base': base, 'base_path': '', 'probe': weight_sample(load_model(base)[0])},
+        'lora': {**LORA, 'base': base_folder, 'base_path': '', 'probe': probe},
         'tokenizer': tok.json,
         'config': {},
     }
@@ -214,7 +215,7 @@ def test_adapters_load_in_peft(style, tmp_path):
     assert sorted(os.listdir(tmp_path / 'adapter')) == files
 
     load = transformers.AutoModelForCausalLM.from_pretrained
-    peer = peft.PeftModel.from_pretrained(load(base), tmp_path / 'adapter').eval()
+    peer = peft.PeftModel.from_pretrained(load(base_folder), tmp_path / 'adapter').eval()
     merged = load(tmp_path / 'merged').eval()
     idx = torch.randint(97, (3, 20))
     logits = model(idx)
