@@ -181,7 +181,7 @@ for env in envs:
     tok = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
     name = data
     if not data and not tasks and not lm_eval:
-        name = source.get('config', {}).get('dataset', '') if isinstance(source, dict) else ''
+        name = source.get('config', {}).get('dataset', '')
         if not name:
             sys.exit('nothing to evaluate on: give --data (a dataset folder or a text file), --tasks or --lm_eval')
     prepare_for_inference(model.to(env.device), env.dtype, batch_size * model.config.block_size)
