@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, digits_dataset, exit_line, losses_of, make_dataset, run_script, train_in_fp32
-from kills import kill_and_compare
 from test_bad_input import cut, refuse
 
 import core.training.run_folder
 import core.training.saver
+from benchmarks.kills import kill_and_compare
 from core.text.dataset import fingerprint, open_dataset, windows
 from core.training.log import spike_detector
 from core.training.run_folder import check_disk, resolve_init_from, write_run_json
@@ -80,7 +80,7 @@ def close(a, b, loss, weights):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='no kill -9')
 def test_kills(tmp_path):
-    """The short form of `python tests/kills.py 100`."""
+    """The short form of `python benchmarks/kills.py 100`."""
     found = re.match(r'5 kills .*, (\d+) of them while it trained', kill_and_compare(tmp_path, 5))
     assert found and int(found[1]) >= 2
 
