@@ -174,11 +174,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(saver, tmp_path, monkeyp
         written.append(checkpoint['iter_num'])
     monkeypatch.setattr(core.training.saver, 'save_checkpoint', slow)
     w = torch.ones(3)
-    saver(state(w, 1))
+    saver.save(state(w, 1))
     assert saver.thread.is_alive() and not written
     w.zero_()  # a step of training
     threading.Timer(0.2, go_on.set).start()
-    saver(state(w, 2))
+    saver.save(state(w, 2))
     saver.wait(last=True)
     assert writing == written == [1, 2] and saver.saved == 2
     first, second = (torch.load(tmp_path / name, weights_only=True) for name in ('ckpt_00000001.pt', 'ckpt.pt'))
@@ -197,13 +197,13 @@ def test_a_disk_that_is_full_for_a_while(saver, tmp_path, monkeypatch, capsys):
         real(checkpoint, path)
     monkeypatch.setattr(core.training.saver, 'save_checkpoint', save)
     for step in (1, 2):
-        saver(state(torch.ones(3), step))
+        saver.save(state(torch.ones(3), step))
         saver.thread.join()
     assert capsys.readouterr().err.count('warning: ') == 1 and torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == 2
     for step in (3, 4):
-        saver(state(torch.ones(3), step))
+        saver.save(state(torch.ones(3), step))
         saver.thread.join()
-    assert 'No space left' in exit_line(saver, state(torch.ones(3), 5)) and torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == 2
+    assert 'No space left' in exit_line(saver.save, state(torch.ones(3), 5)) and torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == 2
 
 
 def test_only_its_own_run_goes_on_after_a_restart(tiny_data, tmp_path, monkeypatch):
