@@ -23,27 +23,13 @@ from core.device import catch_signals, check_memory, reseed, setup, try_compile,
 from core.distributed import all_reduce, check_same_on_all_ranks, full_tensor, shard, shutdown
 from core.files import find
 from core.text.dataset import fingerprint, open_dataset
+from core.training import run_folder, settings
 from core.training.evaluation import evaluate
 from core.training.log import Log, spike_detector
 from core.training.optimizer import configure_optimizer
 from core.training.progress import StepClock, describe_end, describe_evaluation, describe_run, describe_step
-from core.training.run_folder import (
-    load_checkpoint_to_resume,
-    load_optimizer_state,
-    lock_run_folder,
-    open_run_folder,
-    resolve_init_from,
-)
 from core.training.samples import encode_prompts, show_batch, show_samples
 from core.training.saver import Saver, save_weights
-from core.training.settings import (
-    ARCHITECTURE,
-    check_against_checkpoint,
-    check_heads,
-    check_same_data,
-    check_settings,
-    describe_changes,
-)
 from core.weights.checkpoint import build_model, describe, load_model
 from core.weights.lora import add_lora, trained_weights
 from core.weights.vocabulary import fit_vocabulary, padded_vocab_size
@@ -127,10 +113,10 @@ _settings = 'core.weights.lora'
 config, config_given = {}, {}  # filled by the next line: all settings; those given on the command line
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-check_settings(config)
+settings.check_settings(config)
 n_embd = n_embd or 64 * n_layer  # nanochat's rule: depth determines width, heads and learning rate
 n_head = n_head or max(1, n_embd // (head_size or 64))
-check_heads(n_embd, n_head, n_kv_head, head_size, rope_theta, derived=config['n_head'] == 0)
+settings.check_heads(n_embd, n_head, n_kv_head, head_size, rope_theta, derived=config['n_head'] == 0)
 training = not eval_only
 
 # --- 1. device, precision and this rank's share of a step
@@ -139,10 +125,7 @@ env.sharded = parallel == 'fsdp' and env.world_size > 1
 if env.sharded and env.dtype == 'float16':
     sys.exit('parallel=fsdp: the loss is not scaled for float16 there; use --dtype=bfloat16 or float32')
 total_rows = batch_size * gradient_accumulation_steps
-if total_rows % env.world_size:
-    sys.exit(f'batch_size={batch_size} * gradient_accumulation_steps={gradient_accumulation_steps} = {total_rows} rows '
-             f'cannot be shared out evenly over {env.world_size} processes; change one of the three')
-rows = total_rows // env.world_size
+rows = settings.rows_per_rank(batch_size, gradient_accumulation_steps, env.world_size)
 micro_steps = math.ceil(rows / batch_size)
 while rows % micro_steps:  # micro-batches of equal size, at most batch_size rows
     micro_steps += 1
@@ -151,14 +134,11 @@ micro_rows = rows // micro_steps
 # --- 2. objective and data
 objective_module = importlib.import_module(f'objectives.{objective}')
 data = open_dataset(dataset)
-if data_order != 'random' and len(data.weights) > 1:
-    sys.exit(f'data_order={data_order}: {dataset} is a mixture, drawn by weights, so it has no epochs; '
-             'use --data_order=random')
 data_hash = fingerprint(data)
 
 # --- 3. model: new, resumed, or from the weights of another run, a GPT-2, Llama or Qwen3
 out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
-start_from, launch = resolve_init_from(init_from, out_dir, env)  # 'auto' becomes 'resume' or 'scratch'
+start_from, launch = run_folder.resolve_init_from(init_from, out_dir, env)  # 'auto' becomes 'resume' or 'scratch'
 resuming = start_from == 'resume'
 iter_num = 0
 best_val_loss = math.inf
@@ -170,7 +150,7 @@ checkpoint_path = None
 weights_name = start_from  # for messages
 weights_source = {}  # where the weights' tokenizer is found
 if start_from == 'scratch':
-    architecture = {key: globals()[key] for key in ARCHITECTURE}
+    architecture = {key: globals()[key] for key in settings.ARCHITECTURE}
     model_config = GPTConfig(vocab_size=padded_vocab_size(data.vocab_size), dropout=dropout, **architecture)
     with torch.device('meta'):
         meta_model = GPT(model_config)
@@ -180,8 +160,8 @@ if start_from == 'scratch':
     print(f'new model: {describe(model)}')
 elif resuming:
     if training and env.master and os.path.isdir(out_dir):
-        lock = lock_run_folder(out_dir)  # held until the process ends; nobody else writes the checkpoint that we read
-    checkpoint, checkpoint_path = load_checkpoint_to_resume(out_dir)
+        lock = run_folder.lock_run_folder(out_dir)  # held until the process ends
+    checkpoint, checkpoint_path = run_folder.load_checkpoint_to_resume(out_dir)
     model = build_model(checkpoint, checkpoint_path, env.device, dropout=dropout)
     weights_name = checkpoint_path
     weights_source = checkpoint
@@ -201,7 +181,7 @@ else:
 model.gradient_checkpointing = gradient_checkpointing
 block_size = model.config.block_size
 if start_from != 'scratch':
-    check_against_checkpoint(model, weights_name, config, config_given)
+    settings.check_against_checkpoint(model, weights_name, config, config_given)
 
 # --- 4. settings that follow from the model
 if config['n_embd'] == 0:  # Muon's learning rate is the same at any width
@@ -213,19 +193,17 @@ if max_iters == -1:
     max_iters = math.ceil(20 * model.num_params() / tokens_per_iter)
 if lr_decay_iters == -1:
     lr_decay_iters = max_iters
-config.update({key: getattr(model.config, key) for key in ARCHITECTURE})  # save the values that are used
+config.update({key: getattr(model.config, key) for key in settings.ARCHITECTURE})  # save the values that are used
 config.update(learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, lr_decay_iters=lr_decay_iters)
 
 # --- 5. vocabulary, LoRA, and what must agree with the checkpoint and between ranks
-if data.shortest <= block_size and not data.kind:
-    sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has '
-             f'{data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
+settings.check_data(data, dataset, data_order, block_size)
 base_vocab_size = fit_vocabulary(model, weights_source, data, weights_name)
 add_lora(model, weights_name, resuming, base_vocab_size, config, config_given, env)
 if start_from != 'scratch' and training:
     check_memory(model, micro_rows, block_size, env)
 if training:
-    check_same_data(checkpoint, checkpoint_path, dataset, data_hash)
+    settings.check_same_data(checkpoint, checkpoint_path, dataset, data_hash)
 data.vocab_size = min(data.vocab_size, model.config.vocab_size)  # reading a larger id exits
 check_same_on_all_ranks({
     f'dataset={dataset}': data_hash,
@@ -233,7 +211,7 @@ check_same_on_all_ranks({
     'the settings': f'{env.dtype} {config}',
 }, env)
 if resuming:
-    print(describe_changes(checkpoint, config, env.world_size, total_rows))
+    print(settings.describe_changes(checkpoint, config, env.world_size, total_rows))
     if iter_num >= max_iters and training:
         print(f'nothing is left to do: {iter_num} steps are done, and max_iters={max_iters}; '
               'raise --max_iters to go on')
@@ -254,9 +232,10 @@ log = None
 if training:
     opt = configure_optimizer(model, optimizer, weight_decay, learning_rate, (beta1, beta2), muon_lr)
     if resuming:
-        load_optimizer_state(opt, scaler, checkpoint, checkpoint_path, optimizer)
+        run_folder.load_optimizer_state(opt, scaler, checkpoint, checkpoint_path, optimizer)
     if env.master:
-        lock = open_run_folder(out_dir, opt, keep_last, resuming, run_id=run_id, launch=launch, config=config)
+        lock = run_folder.open_run_folder(
+            out_dir, opt, keep_last, resuming, run_id=run_id, launch=launch, config=config)
 checkpoint = weights_source = None  # free the memory
 
 # --- 7. compile, and average gradients over the ranks
@@ -338,7 +317,7 @@ while True:
         if log:
             log(iter_num, numbers)
         best = numbers.get('val_loss', math.inf) < best_val_loss
-        if training and (iter_num > first_iter or (best and resuming)):  # the initial weights are not a best of this run
+        if training and (iter_num > first_iter or (best and resuming)):  # not for the initial weights
             if best:
                 best_val_loss = numbers['val_loss']
             saver.save(state(), best)

@@ -49,7 +49,10 @@ def load_optimizer_state(opt, scaler, checkpoint, path, name):
 
 
 def check_disk(out_dir, size, keep_last):
-    """Exit if the disk has no room for checkpoints of `size` bytes. Old checkpoints will be replaced, so they count as room."""
+    """
+    Exit if the disk has no room for checkpoints of `size` bytes.
+    Old checkpoints in the folder will be replaced, so they count as room.
+    """
     count = 3 + keep_last  # the last, the best, the one being written (at the end: weights.pt) and earlier ones
     needed = size * count
     old = {}  # by inode: best.pt may be a hard link to ckpt.pt

@@ -83,3 +83,22 @@ def check_same_data(checkpoint, path, dataset, data_hash):
     if checkpoint.get('data', data_hash) != data_hash:
         sys.exit(f'dataset={dataset}: its tokens are not those that {path} was trained on so far, so this would be no '
                  f'exact continuation; for another dataset: --init_from={path} and another --out_dir')
+
+
+def check_data(data, dataset, data_order, block_size):
+    """Exit if rows of block_size tokens cannot be drawn from the dataset in this order."""
+    if data_order != 'random' and len(data.weights) > 1:
+        sys.exit(f'data_order={data_order}: {dataset} is a mixture, drawn by weights, so it has no epochs; '
+                 'use --data_order=random')
+    if data.shortest <= block_size and not data.kind:
+        sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has '
+                 f'{data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
+
+
+def rows_per_rank(batch_size, gradient_accumulation_steps, world_size):
+    """Return how many rows of a step each rank processes. Exits if the rows cannot be divided evenly."""
+    rows = batch_size * gradient_accumulation_steps
+    if rows % world_size:
+        sys.exit(f'batch_size={batch_size} * gradient_accumulation_steps={gradient_accumulation_steps} = {rows} rows '
+                 f'cannot be shared out evenly over {world_size} processes; change one of the three')
+    return rows // world_size
