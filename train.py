@@ -31,7 +31,7 @@ from core.training.progress import StepClock, describe_end, describe_evaluation,
 from core.training.samples import encode_prompts, show_batch, show_samples
 from core.training.saver import Saver, save_weights
 from core.weights.checkpoint import build_model, describe, load_model
-from core.weights.lora import add_lora, trained_weights
+from core.weights.lora import add_lora, check_lora, describe_adapters, trained_weights, used_settings
 from core.weights.vocabulary import fit_vocabulary, padded_vocab_size
 from model import GPT, GPTConfig
 
@@ -199,7 +199,12 @@ config.update(learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, l
 # --- 5. vocabulary, LoRA, and what must agree with the checkpoint and between ranks
 settings.check_data(data, dataset, data_order, block_size)
 base_vocab_size = fit_vocabulary(model, weights_source, data, weights_name)
-add_lora(model, weights_name, resuming, base_vocab_size, config, config_given, env)
+check_lora(model, weights_name, resuming, optimizer, parallel, config_given)
+if not resuming:
+    add_lora(model, weights_name, base_vocab_size, env.device)
+config.update(used_settings(model))  # a resumed run keeps its adapters
+if model.lora:
+    print(describe_adapters(model))
 if start_from != 'scratch' and training:
     check_memory(model, micro_rows, block_size, env)
 if training:
