@@ -368,8 +368,8 @@ elif what == 'save':
         beside.reserve(checkpoint)
         beside.wait()
         for _ in range(runs):
-            blocking.append(duration(lambda: alone(checkpoint)))
-            waited.append(duration(lambda: beside(checkpoint)))
+            blocking.append(duration(lambda: alone.save(checkpoint)))
+            waited.append(duration(lambda: beside.save(checkpoint)))
             times = []
             while beside.thread.is_alive():
                 times.append(duration(step))
