@@ -119,7 +119,7 @@ for run in runs:
     model, source = load_model(init_from, out_dir, ckpt)
     refuse_reward_model(model, out_dir if init_from == 'resume' else init_from)
     tokens = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
-    data = data or (source.get('config', {}).get('dataset', '') if isinstance(source, dict) and not tasks and not lm_eval else '')
+    data = data or (source.get('config', {}).get('dataset', '') if not tasks and not lm_eval else '')
     if not data and not tasks and not lm_eval:
         sys.exit('nothing to evaluate on: give --data (a dataset folder or a text file), --tasks or --lm_eval')
     prepare_for_inference(model.to(run.device), run.dtype, batch_size * model.config.block_size)

@@ -1,11 +1,12 @@
 """
-Take a model along: to a Hugging Face folder, which transformers and vLLM open; to GGUF, for llama.cpp; to a folder for Ollama.
+Export a model: to a Hugging Face folder for transformers and vLLM, to a GGUF file for llama.cpp, or to a folder for
+Ollama. The last line that it prints is the command that uses the result.
 
-    python export.py --out_dir=out-poems-dpo                                                        # to exported/out-poems-dpo
-    python export.py --out_dir=out-hongloumeng-qwen2 --format=hf --to=exported/stone                # then: python sample.py --init_from=exported/stone
-    python export.py --out_dir=out-poems-dpo --format=gguf --quant=q8_0 --to=stone.gguf             # then: llama-cli -m stone.gguf
-    python export.py --out_dir=out-poems-dpo --format=ollama --quant=q8_0 --to=stone-ollama         # then: ollama create stone -f stone-ollama/Modelfile
-    python export.py --out_dir=out-lora --merge=True                                                # a model; without --merge the adapter alone, for peft
+    python export.py --out_dir=out-poems-dpo                    # writes exported/out-poems-dpo
+    python export.py --out_dir=out-hongloumeng-qwen2 --format=hf --to=exported/stone
+    python export.py --out_dir=out-poems-dpo --format=gguf --quant=q8_0 --to=stone.gguf
+    python export.py --out_dir=out-poems-dpo --format=ollama --quant=q8_0 --to=stone-ollama
+    python export.py --out_dir=out-lora --merge=True            # merged; without --merge the adapters alone, for peft
 """
 import math
 import os
@@ -26,112 +27,197 @@ from core.weights.huggingface import save_pretrained
 from core.weights.lora import save_adapter
 from core.weights.vocabulary import resize_vocabulary
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-init_from = 'resume'  # 'resume' (the run in out_dir), a checkpoint, a run's folder, or a GPT-2, Llama or Qwen3 (folder or hub)
+# ---------------------------------------------------------------------------------------------------------------------
+init_from = 'resume'  # 'resume' (the run in out_dir), a checkpoint, a run's folder, or a Hugging Face model
 out_dir = 'out'  # the run to export, if init_from is 'resume'
-ckpt = ''  # this checkpoint file rather than the one that out_dir offers
-tokenizer = ''  # 'gpt2' or a tokenizer.json, rather than the one that comes with the model
+ckpt = ''  # a checkpoint file, instead of the one chosen in out_dir
+tokenizer = ''  # 'gpt2' or a tokenizer.json, for a model that comes without a tokenizer
 format = 'hf'  # 'hf': a Hugging Face folder; 'gguf': a file; 'ollama': a folder with that file and a Modelfile
-to = ''  # the folder or file to write; '': in exported/, with the name of the run
-quant = 'f32'  # the weights' numbers: f32, f16 or bf16; for gguf and ollama also q8_0 (8.5 bits a weight) or q4_0 (4.5)
-merge = False  # a run with LoRA: add the adapter to the weights; False: the Hugging Face folder holds the adapter alone, as peft has it
-force = False  # replace what is there
-# ---------------------------------------------------------------------------------------------------------------------------------------
+to = ''  # the folder or file to write; '': exported/ and the name of the run
+quant = 'f32'  # of the weights: f32, f16 or bf16; for gguf and ollama also q8_0 (8.5 bits a weight) or q4_0 (4.5)
+merge = False  # a run with LoRA: add the adapters to the weights; False: format 'hf' has the adapters alone, for peft
+force = False  # replace an earlier export
+# ---------------------------------------------------------------------------------------------------------------------
 sys.excepthook = explain
 config, config_given = {}, {}  # filled by the next line: every setting with its value, and what the command line set
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 DTYPES = {'f32': 'float32', 'f16': 'float16', 'bf16': 'bfloat16'}
 QUANTS = {'hf': [*DTYPES], 'gguf': [*DTYPES, 'q8_0', 'q4_0'], 'ollama': [*DTYPES, 'q8_0', 'q4_0']}
+SUFFIXES = {'hf': '', 'gguf': '.gguf', 'ollama': '-ollama'}  # of the default target
+MARK = 'tags: [stonegpt]'  # in the README.md of a folder that this script has written
+OUR_FILES = re.compile(
+    r'README\.md|Modelfile|(adapter_)?model[-0-9of]*\.safetensors|'
+    r'(tokenizer|config|tokenizer_config|generation_config|adapter_config|model\.safetensors\.index)\.json')
+
+
+def target_path(name):
+    """Return the path to write to. A link is followed, so that what it points to is replaced."""
+    path = os.path.join('exported', name + SUFFIXES[format])
+    if to:
+        path = os.path.normpath(os.path.expanduser(to))
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+def check_target(target, origin, name):
+    """
+    Exit if the target exists and was not written by this script, is the model itself, or is to be replaced without
+    --force.
+    """
+    if not os.path.lexists(target):
+        return
+    if os.path.isdir(target):
+        is_export, problem = is_exported_folder(target, f'{name}.gguf')
+    elif format == 'gguf':
+        problem = 'this is no GGUF file'
+        with open(target, 'rb') as f:
+            is_export = f.read(4) == b'GGUF'
+    else:
+        is_export, problem = False, 'this is a file'
+    if os.path.realpath(target) == os.path.realpath(origin) and is_export:
+        is_export, problem = False, 'this is what is to be exported'
+    if not is_export:
+        sys.exit(f'to={target}: {problem}, so it is not replaced; choose another name')
+    if not force:
+        sys.exit(f'to={target}: it is there already; choose another name, or replace it by --force')
+
+
+def is_exported_folder(folder, gguf_name):
+    """Return whether this script may have written a folder, and if not, the reason."""
+    for file in sorted(os.listdir(folder)):
+        known = OUR_FILES.fullmatch(file) or file == gguf_name
+        if not known or os.path.isdir(os.path.join(folder, file)):
+            return False, f'this folder has {file} in it'
+    card_path = os.path.join(folder, 'README.md')
+    text = ''
+    if os.path.exists(card_path):
+        with open(card_path, encoding='utf-8', errors='replace') as f:
+            text = f.read(1000)
+    return format != 'gguf' and MARK in text, 'this folder was not written by export.py'
+
+
+def fit_rows(model, tok, source):
+    """
+    Give the network as many embedding rows as the tokenizer has ids. Rows that only round our vocabulary size up are
+    cut off; those of another's model stay.
+    """
+    rows = model.config.vocab_size
+    ids = tok.vocab_size
+    if rows < ids:
+        print(f'the network has {rows:,} rows and the tokenizer {ids:,} ids; '
+              'the rows that are missing are added as the mean of the others')
+    if rows < ids or (rows > ids and 'folder' not in source):
+        resize_vocabulary(model, min(rows, ids), ids)
+
+
+def table(rows):
+    """Return the lines of a Markdown table of two columns."""
+    return ['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows)]
+
+
+def card(name, model, source, tok, as_adapter):
+    """Return the text of README.md: what the model is, what it was trained on and how, and its measured losses."""
+    library = 'peft' if as_adapter else 'transformers'
+    lines = ['---', f'library_name: {library}', 'pipeline_tag: text-generation', MARK, '---', '', f'# {name}', '']
+    kind = f'Adapters for {source["lora"]["base"]},' if as_adapter else 'A GPT of'
+    lines += [f'{kind} {describe(model)}, trained with StoneGPT.', '']
+    if 'folder' in source:
+        return '\n'.join([*lines, f'Its weights are those of {init_from}.', ''])
+
+    settings = source.get('config', {})
+    steps = source.get('iter_num', 0)
+    tokens_per_step = settings.get('block_size', 0)
+    for key in ('batch_size', 'gradient_accumulation_steps'):
+        tokens_per_step *= settings.get(key, 0)
+    seen = f', up to {steps * tokens_per_step:,} tokens' if steps * tokens_per_step > 0 else ''
+    lines += ['## Data', '',
+              f'{settings.get("dataset", "unknown")}: {steps:,} steps{seen}. Vocabulary: {tok.vocab_size:,} ids.', '']
+
+    best = float(source.get('best_val_loss', math.inf))
+    measured = source.get('measured')
+    if not measured and math.isfinite(best):
+        measured = {'iter': steps, 'val_loss': best}
+    if measured:
+        rows = [(key.replace('_', ' '), f'{value:.4f}') for key, value in measured.items() if key != 'iter']
+        units = ('loss: nats per token; bpb and bpc: bits per byte and per character, '
+                 'which can be compared between tokenizers.')
+        lines += [f'## Measured after {measured["iter"]:,} steps', '', *table(rows), '', units, '']
+    return '\n'.join([*lines, '## Settings', '', *table(settings.items()), ''])
+
+
+def write_folder(target, name, model, source, tok, as_adapter):
+    """Write a Hugging Face or Ollama folder, atomically."""
+    with atomic_folder(target) as folder:
+        card_path = os.path.join(folder, 'README.md')
+        with open(card_path, 'w', encoding='utf-8') as f:
+            f.write(card(name, model, source, tok, as_adapter))
+        if as_adapter:
+            save_adapter(folder, source, DTYPES[quant], name)
+        elif format == 'hf':
+            save_pretrained(folder, model, tok, DTYPES[quant], name)
+        else:
+            write_gguf(os.path.join(folder, f'{name}.gguf'), model, tok, quant, name)
+            with open(os.path.join(folder, 'Modelfile'), 'w', encoding='utf-8', newline='\n') as f:
+                f.write(modelfile(f'{name}.gguf', tok, model.config.block_size))
+        for file in os.listdir(folder):
+            shutil.copymode(card_path, os.path.join(folder, file))  # safetensors' files are for their owner only
+
+
+def written_text(target):
+    """Return the line about what was written: its size, and the files of a folder."""
+    if not os.path.isdir(target):
+        return f'wrote {target}: {os.path.getsize(target) / 1e6:,.1f} MB'
+    files = sorted(os.listdir(target))
+    size = sum(os.path.getsize(os.path.join(target, file)) for file in files)
+    return f'wrote {target}: {size / 1e6:,.1f} MB ({", ".join(files)})'
+
+
+def next_command(target, name, tok):
+    """Return the command that uses the export, quoted for a shell."""
+    if format == 'hf':
+        command = ['python', 'chat.py' if can_chat(tok) else 'sample.py', f'--init_from={target}']
+    elif format == 'gguf':
+        command = ['llama-cli', '-m', target]
+    else:
+        command = ['ollama', 'create', name, '-f', os.path.join(target, 'Modelfile')]
+    return shlex.join(command)
+
+
+# --- check the settings
 if format not in QUANTS:
     sys.exit(f'format={format}: expected hf, gguf or ollama')
 if quant not in QUANTS[format]:
     sys.exit(f'quant={quant}: expected {", ".join(QUANTS[format])} for format={format}')
-origin = os.path.abspath(os.path.expanduser(ckpt or (out_dir if init_from == 'resume' else init_from)))
+given_name = out_dir if init_from == 'resume' else init_from
+origin = os.path.abspath(os.path.expanduser(ckpt or given_name))
 name = os.path.basename(os.path.dirname(origin) if origin.endswith('.pt') else origin)
-to = os.path.normpath(os.path.expanduser(to)) if to else os.path.join('exported', name + {'hf': '', 'gguf': '.gguf', 'ollama': '-ollama'}[format])
-to = os.path.realpath(to) if os.path.islink(to) else to
-MARK = 'tags: [stonegpt]'  # in the card of a folder that this script has written
-FILES = r'(README\.md|Modelfile|(tokenizer|config|tokenizer_config|generation_config|adapter_config|model\.safetensors\.index)\.json|(adapter_)?model[-0-9of]*\.safetensors)'
-
-
-def check_target():
-    """End the script with one line where what is at `to` is not to be replaced: not by this, or not without --force."""
-    if not os.path.lexists(to):
-        return
-    if os.path.isdir(to):
-        others = [file for file in sorted(os.listdir(to)) if not re.fullmatch(FILES, file) and file != f'{name}.gguf' or os.path.isdir(os.path.join(to, file))]
-        text = ''
-        if os.path.exists(os.path.join(to, 'README.md')):
-            with open(os.path.join(to, 'README.md'), encoding='utf-8', errors='replace') as f:
-                text = f.read(1000)
-        ours = format != 'gguf' and MARK in text and not others
-        what = f'this folder has {others[0]} in it' if others else 'this folder was not written by export.py'
-    else:
-        with open(to, 'rb') as f:
-            ours = format == 'gguf' and f.read(4) == b'GGUF'
-        what = 'this is no GGUF file' if format == 'gguf' else 'this is a file'
-    if not ours or os.path.realpath(to) == os.path.realpath(origin):
-        sys.exit(f'to={to}: ' + ('this is what is to be exported' if ours else what) + ', so it is not replaced; choose another name')
-    if not force:
-        sys.exit(f'to={to}: it is there already; choose another name, or replace it by --force')
-
-
-def card():
-    """The text of a README.md: what the model is, what it was trained on and how, and how good it was."""
-    lines = ['---', f'library_name: {"peft" if adapter else "transformers"}', 'pipeline_tag: text-generation', MARK, '---', '', f'# {name}', '',
-             (f'Adapters for {source["lora"]["base"]}, ' if adapter else 'A GPT of ') + f'{describe(model)}, trained with StoneGPT.', '']
-    if isinstance(source, str):
-        return '\n'.join([*lines, f'Its weights are those of {init_from}.', ''])
-    used, steps, best = source.get('config', {}), source.get('iter_num', 0), float(source.get('best_val_loss', math.inf))
-    measured = source.get('measured') or ({'iter': steps, 'val_loss': best} if math.isfinite(best) else {})
-    seen = steps * used.get('batch_size', 0) * used.get('gradient_accumulation_steps', 0) * used.get('block_size', 0)
-    lines += ['## Data', '', f'{used.get("dataset", "unknown")}: {steps:,} steps' + f', up to {seen:,} tokens' * (seen > 0) + f'. Vocabulary: {tokens.vocab_size:,} ids.', '']
-    if measured:
-        lines += [f'## Measured after {measured["iter"]:,} steps', '', '| | |', '|---|---|', *(f'| {key.replace("_", " ")} | {value:.4f} |' for key, value in measured.items() if key != 'iter'), '',
-                  'loss: nats per token; bpb and bpc: bits per byte and per character, which can be compared between tokenizers.', '']
-    return '\n'.join([*lines, '## Settings', '', '| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in used.items()), ''])
-
-
+target = target_path(name)
 try:
-    check_target()
+    check_target(target, origin, name)
 except OSError as error:
-    sys.exit(f'to={to}: {error}')
+    sys.exit(f'to={target}: {error}')
+
+# --- load
 model, source = load_model(init_from, out_dir, ckpt)
-refuse_reward_model(model, out_dir if init_from == 'resume' else init_from)
-if tokenizer and isinstance(source, dict) and source.get('tokenizer'):
+refuse_reward_model(model, given_name)
+if tokenizer and source.get('tokenizer'):
     sys.exit(f'tokenizer={tokenizer}: {name} comes with the one that it was trained on; leave it out')
-tokens = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
-rows, size = model.config.vocab_size, tokens.vocab_size
-if rows < size:
-    print(f'the network has {rows:,} rows and the tokenizer {size:,} ids; the rows that are missing are added as the mean of the others')
-if rows < size or rows > size and isinstance(source, dict):  # those that only round a number of ours up are left out; another's stay
-    resize_vocabulary(model, min(rows, size), size)
-adapter = isinstance(source, dict) and source.get('lora') and format == 'hf' and not merge
+tok = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
+fit_rows(model, tok, source)
+as_adapter = bool(source.get('lora')) and format == 'hf' and not merge
+
+# --- write
 try:
-    os.makedirs(os.path.dirname(to) or '.', exist_ok=True)
+    os.makedirs(os.path.dirname(target) or '.', exist_ok=True)
     if format == 'gguf':
-        write_gguf(to, model, tokens, quant, name)
+        write_gguf(target, model, tok, quant, name)
     else:
-        with atomic_folder(to) as folder:
-            with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
-                f.write(card())
-            if adapter:
-                save_adapter(folder, source, DTYPES[quant], name)
-            elif format == 'hf':
-                save_pretrained(folder, model, tokens, DTYPES[quant], name)
-            else:
-                write_gguf(os.path.join(folder, f'{name}.gguf'), model, tokens, quant, name)
-                with open(os.path.join(folder, 'Modelfile'), 'w', encoding='utf-8', newline='\n') as f:
-                    f.write(modelfile(f'{name}.gguf', tokens, model.config.block_size))
-            for file in os.listdir(folder):
-                shutil.copymode(os.path.join(folder, 'README.md'), os.path.join(folder, file))  # safetensors lets nobody else read its files
+        write_folder(target, name, model, source, tok, as_adapter)
 except (OSError, SafetensorError) as error:
-    sys.exit(f'to={to}: could not be written: {error}')
-files = [os.path.join(to, file) for file in sorted(os.listdir(to))] if os.path.isdir(to) else [to]
-print(f'wrote {to}: {sum(map(os.path.getsize, files)) / 1e6:,.1f} MB' + f' ({", ".join(map(os.path.basename, files))})' * (format != 'gguf'))
-if adapter:
-    print(f'now: PeftModel.from_pretrained(base, {to!r}), where base is {source["lora"]["base"]} as transformers opens it (if it is a run: exported, too)')
+    sys.exit(f'to={target}: could not be written: {error}')
+print(written_text(target))
+if as_adapter:
+    print(f'now: PeftModel.from_pretrained(base, {target!r}), where base is {source["lora"]["base"]} '
+          'as transformers opens it (if it is a run: exported, too)')
 else:
-    print('now: ' + shlex.join({'hf': ['python', 'chat.py' if can_chat(tokens) else 'sample.py', f'--init_from={to}'], 'gguf': ['llama-cli', '-m', to],
-                                'ollama': ['ollama', 'create', name, '-f', os.path.join(to, 'Modelfile')]}[format]))
+    print(f'now: {next_command(target, name, tok)}')

@@ -31,7 +31,7 @@ from core.training.run_folder import check_disk, has_checkpoint, lock_run_folder
 from core.training.samples import encode_prompts, show_batch, show_samples
 from core.training.saver import Saver, save_weights
 from core.weights.checkpoint import build_model, describe, load_last, load_model
-from core.weights.lora import add_lora, trained_weights
+from core.weights.lora import add_lora, check_lora, describe_adapters, trained_weights, used_settings
 from core.weights.vocabulary import fit_vocabulary, padded_vocab_size
 from model import ACTIVATIONS, GPT, NORMS, GPTConfig
 
@@ -205,7 +205,12 @@ config.update({key: getattr(model.config, key) for key in shape}, learning_rate=
 if data.shortest <= block_size and not data.kind:
     sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has {data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
 known = fit_vocabulary(model, source, data, origin)
-add_lora(model, origin, bool(path), known, config, config_given, run)
+check_lora(model, origin, bool(path), optimizer, parallel, config_given)
+if not path:
+    add_lora(model, origin, known, run.device)
+config.update(used_settings(model))  # a resumed run keeps the adapters that it has
+if model.lora:
+    print(describe_adapters(model))
 if init_from != 'scratch' and not eval_only:
     check_memory(model, micro_rows, block_size, run)
 data_hash = fingerprint(data)

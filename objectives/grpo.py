@@ -14,7 +14,7 @@ import torch
 
 from core.distributed import gather
 from core.files import find
-from core.inference.generation import generate_answers
+from core.inference.generation import continue_prompts
 from core.text.chat_template import answer_text, end_of_turn
 from core.text.dataset import pack, read_document, shuffled
 from core.weights.checkpoint import load_reference, refuse_reward_model
@@ -127,7 +127,9 @@ def respond(context, split, numbers, copies, block_size):
     was_training = model.training
     model.eval()
     with run.ctx():
-        *_, rows = generate_answers(model, data.tokenizer, prompts, max_new_tokens, seeds, temperature=temperature)
+        *_, rows = continue_prompts(model, data.tokenizer, prompts, max_new_tokens, seeds,
+                                    end_ids=[end_of_turn(data.tokenizer)], temperature=temperature)
+        rows = [row.ids for row in rows]
         texts = with_targets(prompts, rows)
         batch = pack(texts, block_size)
         ours, theirs = (-network(*(x.to(run.device) for x in batch)).cpu() for network in (model, context.model))  # (rows, T)

@@ -534,7 +534,7 @@ def test_clients_that_go_away(short, streamed, monkeypatch, capsys):
             steps.append(1)
             yield 'x', None
     with monkeypatch.context() as patch, serving(short, max_requests=2) as port:
-        patch.setattr(conversation, 'stream_reply', slow)
+        patch.setattr(server_file, 'stream_reply', slow)
         clients = [http.client.HTTPConnection('127.0.0.1', port, timeout=20) for _ in range(2)]
         for client in clients:
             client.request('POST', PATH, json.dumps({**OK, 'stream': streamed}), {'Content-Type': 'application/json'})

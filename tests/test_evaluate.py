@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import run_script, write
-from test_pretrained import make
+from test_huggingface import make
 
 from core.inference import scoring
 from core.inference.scoring import harness, multiple_choice, read_choices

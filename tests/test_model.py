@@ -1,4 +1,4 @@
-"""The network against a plain re-statement of its formulas; against transformers' see test_pretrained.py."""
+"""The network against a plain re-statement of its formulas; against transformers' see test_huggingface.py."""
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY, digits_dataset, exit_line, losses_of, make_data
 from kills import kill_and_compare
 from test_bad_input import cut, refuse
 
+import core.training.run_folder
 import core.training.saver
 from core.text.dataset import fingerprint, open_dataset, windows
 from core.training.log import spike_detector
@@ -210,7 +211,7 @@ def test_only_its_own_run_goes_on_after_a_restart(tiny_data, tmp_path, monkeypat
     """Not one that an earlier run has left in the folder; and without a restart nothing but what init_from says."""
     train(tiny_data, tmp_path, '--max_iters=2')
     alone, group = SimpleNamespace(master=True, ddp=False), SimpleNamespace(master=True, ddp=True)
-    monkeypatch.setattr(core.training.saver, 'all_reduce', lambda numbers, run: torch.tensor(numbers))
+    monkeypatch.setattr(core.training.run_folder, 'all_reduce', lambda numbers, run: torch.tensor(numbers))
 
     def start(init_from, run=alone, out_dir=tmp_path):
         return resolve_init_from(init_from, str(out_dir), run)[0]

@@ -1,67 +1,165 @@
-"""Which token comes next: from logits to a choice."""
+"""
+The sampling loop: continue a batch of prompts token by token. Used by sample.py, chat.py, the server, the samples of a
+training run, GRPO and lm-evaluation-harness.
+"""
 import numpy as np
 import torch
 
-from core.text.chat_template import end_of_turn
+TOP_P_CANDIDATES = 1000  # this many of the most likely tokens nearly always reach top_p; sorting all is 25 times slower
 
-CANDIDATES = 1000  # so many of the most likely tokens nearly always hold what top_p asks for; sorting a whole vocabulary takes 25 times as long
+
+def continue_prompts(model, tokenizer, prompts, max_new_tokens, seeds, copies=1, end_ids=(), stop_texts=(),
+                     with_logprobs=False, repetition_penalty=1.0, **sampling):
+    """
+    Continue prompts in one batch. After every token, yield the rows: a list of len(prompts) * copies Continuations, the
+    copies of a prompt side by side. Stops when every row has a finish_reason.
+
+    prompts: lists or arrays of token ids; each is cut to its last block_size ids and prefilled once for all copies.
+    seeds: an int or a list of ints for each row. In float32 the same seed and prompt give the same text, whatever the
+        other rows are.
+    end_ids, stop_texts: token ids and texts that end a row; they are not part of its text.
+    with_logprobs: also collect the log-probability of each token under the model, before temperature and penalty.
+    sampling: temperature, top_k, top_p and min_p of sample_token().
+    """
+    device = model.transformer.wte.weight.device
+    vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)  # the model's may be padded
+    rows = [Continuation(tokenizer, max_new_tokens, end_ids, stop_texts) for _ in range(len(prompts) * copies)]
+    rngs = [np.random.default_rng(seed) for seed in seeds]
+    seen = None
+    if repetition_penalty != 1:
+        seen = occurring_tokens(prompts, vocab_size).repeat_interleave(copies, dim=0).to(device)
+
+    def next_tokens(logits):  # (rows, V) -> (rows,)
+        logits = model_logits = logits[:, :vocab_size]
+        if seen is not None:
+            logits = penalise_repetition(logits, seen, repetition_penalty)
+        if not tokenizer.is_char:  # only tokens that keep the text valid UTF-8
+            allowed = np.stack([tokenizer.can_follow(row.ids) for row in rows])[:, :vocab_size]
+            logits = logits.masked_fill(~torch.from_numpy(allowed).to(device), float('-inf'))
+        uniform = np.stack([rng.random(1, dtype=np.float32) for rng in rngs])  # (rows, 1)
+        tokens = sample_token(logits, torch.from_numpy(uniform).to(device), **sampling)
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        if with_logprobs:
+            logprobs = model_logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+            for row, logprob in zip(rows, logprobs.tolist()):
+                if not row.finish_reason:
+                    row.logprobs.append(logprob)
+        return tokens
+
+    idx, pads = left_pad(prompts, device)
+    for tokens in model.generate(idx, max_new_tokens, next_tokens, pads, copies):
+        for row, token in zip(rows, tokens.tolist()):
+            if not row.finish_reason:
+                row.append(token)
+        yield rows
+        if all(row.finish_reason for row in rows):
+            return
+
+
+class Continuation:
+    """
+    The continuation of one prompt: its `ids`, their `logprobs` (if asked for) and its `finish_reason`, None until it
+    ends: 'end' (the last id is an end id), 'stop' (it has a stop text) or 'length'.
+    """
+
+    def __init__(self, tokenizer, max_new_tokens, end_ids, stop_texts):
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.end_ids = end_ids
+        self.stop_texts = stop_texts
+        self.longest_stop = max(map(len, stop_texts), default=0)
+        self.ids = []
+        self.logprobs = []
+        self.finish_reason = None
+        self.n_returned = 0  # characters that new_text() has returned
+
+    def append(self, token):
+        """Add a token id, and set finish_reason if it is the last one."""
+        self.ids.append(token)
+        if token in self.end_ids:
+            self.finish_reason = 'end'
+        elif self.stop_texts and self._ends_with_stop_text():
+            self.finish_reason = 'stop'
+        elif len(self.ids) == self.max_new_tokens:
+            self.finish_reason = 'length'
+
+    def _ends_with_stop_text(self):
+        n = 4 * self.longest_stop  # a character has at most 4 bytes, a token at least 1
+        tail = self.tokenizer.decode(self.ids[-n:])
+        return any(stop in tail for stop in self.stop_texts)
+
+    def text(self):
+        """Return the text so far, without the end token, stop text and what follows it, or an unfinished character."""
+        ids = self.ids[:-1] if self.finish_reason == 'end' else self.ids
+        text = self.tokenizer.decode(ids).rstrip('\ufffd')
+        stops = [text.index(stop) for stop in self.stop_texts if stop in text]
+        return text[:min(stops)] if stops else text
+
+    def new_text(self):
+        """Return the text since the last call. Holds back characters that may be the beginning of a stop text."""
+        text = self.text()
+        n = len(text)
+        if not self.finish_reason:
+            n = max(self.n_returned, n - max(0, self.longest_stop - 1))
+        new = text[self.n_returned:n]
+        self.n_returned = n
+        return new
+
+
+def left_pad(prompts, device):
+    """Stack prompts of different lengths. Returns token ids (B, longest) and paddings (B,), None if there are none."""
+    longest = max(map(len, prompts))
+    pads = torch.tensor([longest - len(ids) for ids in prompts])
+    idx = torch.tensor(np.stack([np.pad(ids, (longest - len(ids), 0)) for ids in prompts]))
+    return idx.to(device), pads.to(device) if pads.any() else None
+
+
+def occurring_tokens(prompts, vocab_size):
+    """Return which tokens occur in each prompt, (B, vocab_size) bool."""
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+    for row, ids in zip(seen, prompts):
+        row[ids] = True
+    return seen
 
 
 def penalise_repetition(logits, seen, penalty):
-    """Make tokens that have occurred less likely (CTRL, Keskar et al. 2019: https://arxiv.org/abs/1909.05858): logits (B, V), seen (B, V) bool."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """
+    Make tokens that have occurred less likely (CTRL, Keskar et al. 2019: https://arxiv.org/abs/1909.05858).
+    logits (B, V); seen (B, V) bool.
+    """
+    penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalised, logits)
 
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """
-    One token for each row (B,) of logits (B, V), by a number of `uniform` (B, 1) in float32, at least 0 and below 1: the same number, the same token,
-    whatever the other rows are. temperature 0: the most likely one. Then, as `transformers` has it, top_k: of the k most likely only; top_p: of the
-    smallest set with so much probability (Holtzman et al. 2019: https://arxiv.org/abs/1904.09751); min_p: of those with so much of the most likely
-    one's (Nguyen et al. 2024: https://arxiv.org/abs/2407.01082).
+    Sample one token (B,) for each row of logits (B, V): invert the cumulative distribution at `uniform` (B, 1), float32
+    in [0, 1). The same number gives the same token, whatever the other rows are. Settings as in `transformers`:
+
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: only the k most likely tokens; 0 means all.
+    top_p: only the smallest set with this probability (Holtzman et al. 2019: https://arxiv.org/abs/1904.09751).
+    min_p: only tokens with this share of the largest probability (Nguyen et al. 2024: https://arxiv.org/abs/2407.01082).
     """
     if temperature < 1e-5:
         return logits.argmax(dim=-1)
-    probs, tokens = (logits / temperature).softmax(dim=-1), None  # (B, V)
-    if 0 < top_k < logits.size(1) or top_p < 1:
-        whole, (probs, tokens) = probs, probs.topk(min(top_k or CANDIDATES, logits.size(1)))  # (B, n), in descending order
+    vocab_size = logits.size(1)
+    probs = (logits / temperature).softmax(dim=-1)  # (B, V)
+    tokens = None  # the token of each column of probs; None: column i is token i
+    if 0 < top_k < vocab_size or top_p < 1:
+        all_probs = probs
+        probs, tokens = all_probs.topk(min(top_k or TOP_P_CANDIDATES, vocab_size))  # (B, n), in descending order
         if not top_k and probs.sum(dim=-1).min() < top_p:
-            probs, tokens = whole.sort(descending=True)
+            probs, tokens = all_probs.sort(descending=True)
     if top_p < 1:
         before = probs.cumsum(dim=-1) - probs
-        probs = probs.masked_fill(before > top_p * (probs.sum(dim=-1, keepdim=True) if top_k else 1), 0.0)  # those before already have top_p
+        total = probs.sum(dim=-1, keepdim=True) if top_k else 1
+        probs = probs.masked_fill(before > top_p * total, 0.0)  # the tokens before already reach top_p
     if min_p > 0:
         probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0.0)
-    reached = probs.cumsum(dim=-1)  # (B, n)
-    place = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)  # (B, 1)
-    return (place if tokens is None else tokens.gather(1, place)).squeeze(1)
-
-
-def generate_answers(model, tokenizer, prompts, max_new_tokens, seeds, end=None, **choice):
-    """
-    Continue prompts, a list of ids each, all at once; yields after every token the rows so far, [[id, ...], ...]. A row is over with the token `end`, by
-    default that of a turn; when all are, nothing more comes. seeds: an int or a list of ints for each row, which with the same prompt give the same answer
-    whatever the other rows are (in float32). choice: temperature, top_k, top_p, min_p of core.inference.generation.draw. A prompt may not be longer than the context.
-    """
-    end = end_of_turn(tokenizer) if end is None else end
-    device, known = model.transformer.wte.weight.device, min(model.config.vocab_size, tokenizer.vocab_size)
-    longest = max(map(len, prompts))
-    pads = torch.tensor([longest - len(ids) for ids in prompts], device=device)
-    idx = torch.tensor(np.stack([np.pad(ids, (longest - len(ids), 0)) for ids in prompts]), device=device)  # (B, longest)
-    chance = [np.random.default_rng(seed) for seed in seeds]
-    rows, over = [[] for _ in prompts], [False] * len(prompts)
-
-    def choose(logits):
-        logits = logits[:, :known]
-        if not tokenizer.is_char:  # those that leave its bytes valid UTF-8
-            allowed = torch.from_numpy(np.stack([tokenizer.can_follow(ids) for ids in rows])[:, :known])
-            logits = logits.masked_fill(~allowed.to(device), float('-inf'))
-        uniform = torch.from_numpy(np.stack([draws.random(1, dtype=np.float32) for draws in chance])).to(device)  # (B, 1)
-        return sample_token(logits, uniform, **choice)
-    for new in model.generate(idx, max_new_tokens, choose, pads if pads.any() else None):
-        for row, token in enumerate(new.tolist()):
-            if not over[row]:
-                rows[row].append(token)
-                over[row] = token == end
-        yield rows
-        if all(over):
-            return
+    cumulative = probs.cumsum(dim=-1)  # (B, n)
+    column = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)  # (B, 1)
+    if tokens is None:
+        return column.squeeze(1)
+    return tokens.gather(1, column).squeeze(1)

@@ -6,8 +6,8 @@ import sys
 import torch
 
 from core.files import atomic
-from core.inference.generation import generate_answers
-from core.text.chat_template import answer_text, render
+from core.inference.generation import continue_prompts
+from core.text.chat_template import answer_text, end_of_turn, render
 from core.text.dataset import read_document
 
 
@@ -48,15 +48,15 @@ def show_samples(model, data, prompts, max_new_tokens, step, out_dir, run):
     """Print what the network makes of prompts [(text, ids)], always by the same random numbers, and add it to out_dir/samples.jsonl, where what a run wrote in steps that it has lost is dropped."""
     model.eval()
     with run.ctx():
-        *_, rows = generate_answers(model, data.tokenizer, [ids[-model.config.block_size:] for _, ids in prompts], max_new_tokens, range(len(prompts)),
-                           None if data.kind else -1, temperature=0.8, top_k=200)  # a text goes on and on
+        *_, rows = continue_prompts(model, data.tokenizer, [ids for _, ids in prompts], max_new_tokens, range(len(prompts)),
+                                    end_ids=[end_of_turn(data.tokenizer)] if data.kind else [], temperature=0.8, top_k=200)
     model.train()
     path, samples = os.path.join(out_dir, 'samples.jsonl'), []
     if step and os.path.exists(path):
         with open(path, encoding='utf-8') as f:
             samples = [sample for sample in map(json.loads, f) if sample.get('step', step) < step]
     for (text, _), row in zip(prompts, rows):
-        said = answer_text(data.tokenizer, row) if data.kind else data.tokenizer.decode(row)
+        said = answer_text(data.tokenizer, row.ids) if data.kind else data.tokenizer.decode(row.ids)
         print(f'sample at step {step}: {text}' + '\n' * bool(data.kind) + said, flush=True)
         samples.append({'step': step, 'prompt': text, 'text': said})
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints: one file that says everything about a run, written whole or not at all, and never unpickled beyond tensors."""
+"""Checkpoints: one file with everything about a run. It is replaced atomically and never unpickles objects."""
 import glob
 import math
 import os
@@ -9,122 +9,149 @@ import sys
 import torch
 
 from core.files import atomic, find
-from core.text.dataset import open_dataset
-from core.text.tokenizer import Tokenizer, gpt2_tokenizer, has_tokenizer, load_tokenizer
+from core.text.dataset import open_dataset, read_meta_pkl
+from core.text.tokenizer import gpt2_tokenizer
 from core.weights.huggingface import download_pretrained, load_pretrained
-from core.weights.lora import add_adapters, merge, sample_weights, trained_weights, without_adapters
-from core.weights.vocabulary import fit_vocabulary, new_reward_head, resize_vocabulary
+from core.weights.lora import add_adapters, merge, trained_weights, weight_sample, without_adapters
+from core.weights.vocabulary import fit_vocabulary, new_reward_head, own_tokenizer, resize_vocabulary
 from model import GPT, GPTConfig
 
-EARLIER = 'ckpt_{:08d}.pt'  # names of the checkpoints before the last, by their steps
+EARLIER = 'ckpt_{:08d}.pt'  # file name of an earlier checkpoint, by its step
 
 
 def save_checkpoint(checkpoint, path):
-    """Write to a temporary name, flush, rename: whatever happens, `path` is a whole checkpoint. A full disk ends the script with one line."""
+    """Write a checkpoint to a temporary file, flush it and rename it to `path`. Exits if this fails (a full disk)."""
     torch.serialization.set_crc32_options(False)  # nobody reads the checksums, and they are half the work
     try:
         with atomic(path) as f:
             torch.save(checkpoint, f)
     except (OSError, RuntimeError) as error:
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # torch hides a full disk behind an error of its own
+        reason = error
+        if isinstance(error.__context__, OSError):  # torch raises its own error on top of that of a full disk
+            reason = error.__context__
         old = ' (the checkpoint that was there is still whole)' if os.path.exists(path) else ''
         sys.exit(f'{path}: could not be saved: {reason}{old}')
 
 
 def copy_checkpoint(path, copy):
-    """Give the file a second name: by a link, for nothing, where the file system has links."""
+    """Give the file a second name: a hard link, which costs nothing, or a copy if the file system has no links."""
     if os.path.exists(copy) and os.path.samefile(path, copy):
-        return  # which a rename would leave with both names
+        return  # os.replace() does nothing for two links to one file, and the temporary name would stay
     temporary = f'{copy}.tmp{os.getpid()}'
     try:
         os.link(path, temporary)
         os.replace(temporary, copy)
     except OSError:
         try:
-            with open(path, 'rb') as source, atomic(copy) as f:
-                shutil.copyfileobj(source, f)
+            with open(path, 'rb') as original, atomic(copy) as f:
+                shutil.copyfileobj(original, f)
         except OSError as error:
             sys.exit(f'{copy}: could not be saved: {error}; {path} is whole')
 
 
 def load_checkpoint(path, device='cpu'):
-    """A checkpoint, ours or nanoGPT's, as a dict; on the device 'meta' without its tensors' contents, in no time.
-    Ends the script with one line when the file is missing, torn or something else."""
+    """
+    Load a checkpoint of this program or of nanoGPT as a dict. With device='meta' the tensors have shapes but no
+    contents, which is fast. Exits if the file is missing, damaged or something else.
+    """
     if not os.path.exists(path):
-        sys.exit(f'{path}: no such checkpoint; train first, or name another folder by --out_dir (sample.py: or a file by --ckpt)')
+        sys.exit(f'{path}: no such checkpoint; train first, or name another folder by --out_dir '
+                 '(sample.py: or a file by --ckpt)')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        state, args = checkpoint['model'], checkpoint['model_args']
-        checkpoint['model'] = {key.removeprefix('_orig_mod.'): value for key, value in state.items()}
-        checkpoint['model_args'] = vars(GPTConfig(**args))
-    except Exception as error:  # torch raises nearly every kind there is for a damaged file
-        reason = 'it holds other things than tensors and plain values' if isinstance(error, pickle.UnpicklingError) else str(error).partition('\n')[0]
-        sys.exit(f'{path}: not a checkpoint of this program or nanoGPT, or a damaged one ({type(error).__name__}: {reason[:150]})')
+        state = checkpoint['model'].items()
+        checkpoint['model'] = {key.removeprefix('_orig_mod.'): p for key, p in state}  # the prefix of torch.compile
+        checkpoint['model_args'] = vars(GPTConfig(**checkpoint['model_args']))
+    except Exception as error:  # for a damaged file torch raises nearly every class of error
+        reason = str(error).partition('\n')[0]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = 'it holds other things than tensors and plain values'
+        sys.exit(f'{path}: not a checkpoint of this program or nanoGPT, or a damaged one '
+                 f'({type(error).__name__}: {reason[:150]})')
     return checkpoint
 
 
 def earlier_checkpoints(out_dir):
-    """The paths of the checkpoints before the last, the newest first."""
+    """Return the paths of the earlier checkpoints, ckpt_STEP.pt, newest first."""
     return sorted(glob.glob(os.path.join(glob.escape(out_dir), 'ckpt_' + '[0-9]' * 8 + '.pt')), reverse=True)
 
 
 def load_last(out_dir, device='cpu'):
-    """The checkpoint to resume and its path: ckpt.pt or, with a warning, the newest whole one before it, at last best.pt. Ends the script as
-    load_checkpoint does."""
-    first = None
+    """
+    Load the checkpoint to resume from. Returns (checkpoint, path).
+
+    This is ckpt.pt. If it is missing or damaged, a warning is printed and the newest readable one of ckpt_STEP.pt and
+    best.pt, in this order, is taken. Exits as load_checkpoint() does if there is none.
+    """
+    first_error = None
     for path in (os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir), os.path.join(out_dir, 'best.pt')):
         try:
             checkpoint = load_checkpoint(path, device)
         except SystemExit as error:
-            first = first or error
+            first_error = first_error or error
             continue
-        if first:
-            print(f'warning: {str(first).partition(";")[0]}; taking the one before, {path}', file=sys.stderr)
+        if first_error:
+            reason = str(first_error).partition(';')[0]
+            print(f'warning: {reason}; taking the one before, {path}', file=sys.stderr)
         return checkpoint, path
-    raise first
+    raise first_error
 
 
 def checkpoint_path(out_dir, ckpt=''):
     """
-    The file to sample from: `ckpt` if it is given; else, in the run's folder, best.pt when the run was to keep only the best validation loss
-    (always_save_checkpoint=False), and otherwise ckpt.pt, the last state.
+    Return the path of the checkpoint to sample from.
+
+    This is `ckpt` if it is given. Otherwise it is ckpt.pt of the run's folder, or best.pt if the run kept only the
+    checkpoint with the best validation loss (always_save_checkpoint=False).
     """
     if ckpt:
         return find(ckpt)
-    last, best = (os.path.join(find(out_dir), name) for name in ('ckpt.pt', 'best.pt'))
+    last = os.path.join(find(out_dir), 'ckpt.pt')
+    best = os.path.join(find(out_dir), 'best.pt')
     if not os.path.exists(best):
         return last
     if not os.path.exists(last):
         return best
-    return last if load_checkpoint(last, 'meta').get('config', {}).get('always_save_checkpoint', True) else best
+    config = load_checkpoint(last, 'meta').get('config', {})
+    return last if config.get('always_save_checkpoint', True) else best
 
 
 def build_model(checkpoint, path, device='cpu', **overrides):
-    """The network of a checkpoint, on the CPU, with some of its arguments (dropout) overridden; one with adapters, which needs its base, on the device."""
+    """
+    Build the network of a checkpoint on the CPU, with some of its model_args (dropout) overridden. If the checkpoint
+    holds LoRA adapters, their base is loaded too, and the network is on `device`. Exits if the weights do not fit.
+    """
     if checkpoint.get('lora'):
-        model = load_adapted(checkpoint, path, device, **overrides)
+        model = load_base_with_adapters(checkpoint, path, device, **overrides)
     else:
         model = GPT(GPTConfig(**{**checkpoint['model_args'], **overrides}))
     try:
         missing, unknown = model.load_state_dict(checkpoint['model'], strict=not model.lora)
-        if unknown or model.lora and trained_weights(model).keys() & missing:
-            raise RuntimeError(f'\nadapters of other layers: {[*unknown, *missing][0]}')
+        trained = trained_weights(model)  # with adapters the checkpoint has only these
+        wrong = unknown + [key for key in missing if key in trained]
+        if wrong:
+            raise RuntimeError(f'\nadapters of other layers: {wrong[0]}')
     except RuntimeError as error:
-        sys.exit(f'{path}: its weights do not fit its model_args: {str(error).splitlines()[1].strip()[:200]}')
+        reason = str(error).splitlines()[1].strip()
+        sys.exit(f'{path}: its weights do not fit its model_args: {reason[:200]}')
     return model
 
 
-def load_adapted(checkpoint, path, device, **overrides):
-    """The network that a checkpoint's adapters belong to, with new ones in their places."""
-    lora, args = checkpoint['lora'], GPTConfig(**checkpoint['model_args'])
+def load_base_with_adapters(checkpoint, path, device, **overrides):
+    """Load the base model of a LoRA checkpoint and add new adapters to it. Exits if the base is gone or has changed."""
+    lora = checkpoint['lora']
+    args = GPTConfig(**checkpoint['model_args'])
     base = lora['base_path'] if os.path.exists(lora['base_path']) else lora['base']
     if lora['base_path'] and not os.path.exists(find(base)):
-        sys.exit(f'{path}: it has adapters alone, and their base is gone: {lora["base_path"]}; put it back there, or where {lora["base"]} finds it from here')
+        sys.exit(f'{path}: it has adapters alone, and their base is gone: {lora["base_path"]}; '
+                 f'put it back there, or where {lora["base"]} finds it from here')
     print(f'{path} has adapters alone; their base is {base}')
     model, _ = load_model(base, **overrides)
-    found = sample_weights(model)
-    if found.shape != lora['probe'].shape or not found.allclose(lora['probe'], atol=1e-5):
-        sys.exit(f'{path}: its adapters belong to other weights than those that are in {lora["base"]} now; put back what it was trained from')
+
+    sample = weight_sample(model)
+    if sample.shape != lora['probe'].shape or not sample.allclose(lora['probe'], atol=1e-5):
+        sys.exit(f'{path}: its adapters belong to other weights than those that are in {lora["base"]} now; '
+                 'put back what it was trained from')
     resize_vocabulary(model, lora['known'], args.vocab_size)
     model.crop_block_size(args.block_size)
     add_adapters(model, lora, device)
@@ -135,8 +162,11 @@ def load_adapted(checkpoint, path, device, **overrides):
 
 def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
     """
-    A network, on the CPU: init_from is 'resume' (the run in out_dir, or the file ckpt), a checkpoint file, a run's folder, or a GPT-2 by its
-    name on the Hugging Face hub or its folder. Adapters are merged into their base. Returns (model, source), the checkpoint or the folder, which source_tokenizer() takes.
+    Load a network onto the CPU; LoRA adapters are merged into their base. Returns (model, source).
+
+    init_from: 'resume' (the run in out_dir, or the file ckpt), a checkpoint file, a run's folder, or a GPT-2, Llama
+    or Qwen3 by its name on the Hugging Face hub or its folder.
+    source: a dict that source_tokenizer() takes: the checkpoint, or {'folder': path} for a Hugging Face model.
     """
     folder = find(init_from)
     if init_from == 'resume':
@@ -149,50 +179,67 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
         folder = download_pretrained(folder)
         model = load_pretrained(folder, dropout)
         print(f'loaded {init_from}: {describe(model)}')
-        return model, folder
+        return model, {'folder': folder}
+
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path, dropout=dropout)
-    model = merge(model) if model.lora else model
+    if model.lora:
+        model = merge(model)
+    text = f'loaded {path}: {describe(model)}, step {checkpoint.get("iter_num", "?")}'
     loss = checkpoint.get('best_val_loss')
-    print(f'loaded {path}: {describe(model)}, step {checkpoint.get("iter_num", "?")}' + (f', best validation loss {float(loss):.4f}' if loss is not None and math.isfinite(loss) else ''))
+    if loss is not None and math.isfinite(loss):
+        text += f', best validation loss {float(loss):.4f}'
+    print(text)
     return model, checkpoint
 
 
-def load_reference(path, data, run, model=None):
+def load_reference(path, data, env, model=None):
     """
-    A network that is not trained but asked, on the device: a checkpoint, a run's folder or a Hugging Face model's, with the vocabulary of the dataset. Where it is the base
-    of the adapters of `model`, that itself without them: the weights are in memory once.
+    Load a frozen model onto the device: the reference of DPO and GRPO, or a reward model. Its vocabulary is fitted to
+    the dataset.
+
+    path: a checkpoint, a run's folder or a Hugging Face model. If it is the base of the adapters of `model`, the
+    base's weights in memory are shared instead of loading them again.
     """
     if model and model.lora and (path == model.lora['base'] or os.path.realpath(find(path)) == model.lora['base_path']):
         return without_adapters(model)
     model, source = load_model(path)
     fit_vocabulary(model, source, data, path)
-    return model.to(run.device).eval().requires_grad_(False)
+    return model.to(env.device).eval().requires_grad_(False)
 
 
 def refuse_reward_model(model, name):
-    """End the script with one line where it is a reward model."""
+    """Exit if this is a reward model, which cannot write text."""
     if model.config.reward:
-        sys.exit(f'{name}: this is a reward model, which judges text and writes none; take the model that it was made from')
+        sys.exit(f'{name}: this is a reward model, which judges text and writes none; '
+                 'take the model that it was made from')
 
 
 def source_tokenizer(source):
-    """The tokenizer that belongs to what load_model returned. nanoGPT's checkpoints hold none: theirs is that of the dataset folder which
-    they name, and GPT-2's if there is none."""
-    if isinstance(source, str):
-        if not has_tokenizer(source):
-            sys.exit(f'{source}: no tokenizer in this folder; say which one, e.g. --tokenizer=gpt2')
-        return load_tokenizer(source)
-    if source.get('tokenizer'):
-        return Tokenizer(source['tokenizer'])
-    name = source.get('config', {}).get('dataset', '')
-    if name and os.path.exists(os.path.join(find(os.path.join('data', name)), 'train.bin')):
-        return open_dataset(name).tokenizer or gpt2_tokenizer()  # which says why it cannot be had
+    """
+    Return the tokenizer of a model; source: as load_model() returned it.
+
+    nanoGPT's checkpoints contain none. For them it is the tokenizer of the dataset folder that the config names,
+    which like nanoGPT's sample.py needs only the folder's meta.pkl; and GPT-2's if there is no such folder.
+    """
+    tok = own_tokenizer(source)
+    if tok:
+        return tok
+    if 'folder' in source:
+        sys.exit(f'{source["folder"]}: no tokenizer in this folder; say which one, e.g. --tokenizer=gpt2')
+
+    dataset = source.get('config', {}).get('dataset', '')
+    folder = find(os.path.join('data', dataset))
+    if dataset and os.path.exists(os.path.join(folder, 'train.bin')):
+        return open_dataset(dataset).tokenizer or gpt2_tokenizer()  # exits if it cannot be downloaded
+    if dataset and os.path.exists(os.path.join(folder, 'meta.pkl')):
+        return read_meta_pkl(os.path.join(folder, 'meta.pkl'))
     print('no tokenizer in the checkpoint, and no dataset folder for it: taking GPT-2 BPE')
     return gpt2_tokenizer()
 
 
 def describe(model):
-    """'0.80M parameters (4 layers, 4 heads, 128 wide, context 64)'"""
+    """Return for example '0.80M parameters (4 layers, 4 heads, 128 wide, context 64)'."""
     c = model.config
-    return f'{model.num_params() / 1e6:.2f}M parameters ({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size})'
+    return (f'{model.num_params() / 1e6:.2f}M parameters '
+            f'({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size})')

@@ -1,4 +1,4 @@
-"""Networks in Hugging Face folders, read and written: GPT-2, Llama and Qwen3."""
+"""GPT-2, Llama and Qwen3 in Hugging Face folders: reading and writing config.json, weights and tokenizer."""
 import json
 import os
 import re
@@ -10,116 +10,269 @@ import torch
 from core.text.chat_template import JINJA, can_chat, end_of_turn
 from model import GPT, GPTConfig
 
+# --- config.json
+
+
+def unsupported(hf, supported):
+    """Return the entries of a config.json which are there and have another value than the supported one."""
+    return {key: hf[key] for key, value in supported.items() if hf.get(key, value) != value}
+
 
 def gpt2_config(hf, name):
-    """The GPTConfig of a GPT2LMHeadModel's config.json."""
-    wanted = {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'add_cross_attention': False}
-    odd = {key: hf[key] for key, value in wanted.items() if hf.get(key, value) != value}
-    activation = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}.get(hf.get('activation_function', 'gelu_new'))
+    """Return the GPTConfig for the config.json (a dict) of a GPT2LMHeadModel. Exits if GPTConfig cannot express it."""
+    odd = unsupported(hf, {
+        'scale_attn_weights': True,
+        'scale_attn_by_inverse_layer_idx': False,
+        'add_cross_attention': False,
+    })
+    hf_activation = hf.get('activation_function', 'gelu_new')
+    activation = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}.get(hf_activation)
     if odd or activation is None:
-        sys.exit(f'{name}: expected a plain GPT-2, its config.json says {odd or hf["activation_function"]}')
-    return GPTConfig(block_size=hf['n_positions'], vocab_size=hf['vocab_size'], n_layer=hf['n_layer'], n_head=hf['n_head'], n_embd=hf['n_embd'],
-                     bias=True, activation=activation, norm_eps=hf.get('layer_norm_epsilon', 1e-5), tied=hf.get('tie_word_embeddings', True),
-                     n_inner=hf.get('n_inner') or 0)
+        sys.exit(f'{name}: expected a plain GPT-2, its config.json says {odd or hf_activation}')
+    return GPTConfig(
+        block_size=hf['n_positions'],
+        vocab_size=hf['vocab_size'],
+        n_layer=hf['n_layer'],
+        n_head=hf['n_head'],
+        n_embd=hf['n_embd'],
+        n_inner=hf.get('n_inner') or 0,
+        bias=True,
+        activation=activation,
+        norm_eps=hf.get('layer_norm_epsilon', 1e-5),
+        tied=hf.get('tie_word_embeddings', True),
+    )
 
 
 def llama_config(hf, name):
-    """The GPTConfig of a LlamaForCausalLM's or Qwen3ForCausalLM's config.json."""
+    """
+    Return the GPTConfig for the config.json (a dict) of a LlamaForCausalLM or Qwen3ForCausalLM.
+    Exits if GPTConfig cannot express it.
+    """
+    odd = unsupported(hf, {
+        'hidden_act': 'silu',
+        'attention_bias': False,
+        'mlp_bias': False,
+        'use_sliding_window': False,
+    })
     rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # transformers 5 and 4
-    wanted = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'use_sliding_window': False}
-    odd = {key: hf[key] for key, value in wanted.items() if hf.get(key, value) != value}
-    if rope.get('rope_type', rope.get('type', 'default')) != 'default':
-        odd['rope_type'] = rope.get('rope_type', rope.get('type'))
+    rope_type = rope.get('rope_type', rope.get('type', 'default'))
+    if rope_type != 'default':
+        odd['rope_type'] = rope_type
     if odd:
         sys.exit(f'{name}: its config.json says {odd}, which this network does not have')
-    return GPTConfig(block_size=hf['max_position_embeddings'], vocab_size=hf['vocab_size'], n_layer=hf['num_hidden_layers'], n_head=hf['num_attention_heads'],
-                     n_embd=hf['hidden_size'], bias=False, activation='swiglu', norm='rmsnorm', norm_eps=hf['rms_norm_eps'],
-                     rope_theta=float(rope.get('rope_theta', hf.get('rope_theta', 10000.0))), qk_norm=hf['model_type'] == 'qwen3',
-                     tied=hf.get('tie_word_embeddings', False), n_kv_head=hf.get('num_key_value_heads') or 0, head_size=hf.get('head_dim') or 0,
-                     n_inner=hf['intermediate_size'])
+    return GPTConfig(
+        block_size=hf['max_position_embeddings'],
+        vocab_size=hf['vocab_size'],
+        n_layer=hf['num_hidden_layers'],
+        n_head=hf['num_attention_heads'],
+        n_kv_head=hf.get('num_key_value_heads') or 0,
+        head_size=hf.get('head_dim') or 0,
+        n_embd=hf['hidden_size'],
+        n_inner=hf['intermediate_size'],
+        bias=False,
+        activation='swiglu',
+        norm='rmsnorm',
+        norm_eps=hf['rms_norm_eps'],
+        rope_theta=float(rope.get('rope_theta', hf.get('rope_theta', 10000.0))),
+        qk_norm=hf['model_type'] == 'qwen3',
+        tied=hf.get('tie_word_embeddings', False),
+    )
 
 
-ARCHITECTURES = {'gpt2': gpt2_config, 'llama': llama_config, 'qwen3': llama_config}  # how to read the config.json of each
+# model_type: reader of its config.json
+ARCHITECTURES = {'gpt2': gpt2_config, 'llama': llama_config, 'qwen3': llama_config}
 
 
 def architecture_of(config, name):
-    """Which of the ARCHITECTURES computes what this network does. Ends the script with one line that says what stands in the way where none does."""
+    """
+    Return the Hugging Face model_type ('gpt2', 'llama', 'qwen3') that computes the same as this GPTConfig.
+    Exits naming the settings that have no equivalent.
+    """
     if config.rope_theta:
-        wanted = {'norm': ['rmsnorm'], 'activation': ['swiglu'], 'bias': [False]}
+        supported = {'norm': ['rmsnorm'], 'activation': ['swiglu'], 'bias': [False]}
     else:
-        wanted = {'norm': ['layernorm'], 'activation': ['gelu', 'gelu_tanh'], 'qk_norm': [False], 'n_kv_head': [config.n_head], 'head_size': [config.n_embd / config.n_head]}
-    odd = {key: getattr(config, key) for key, values in wanted.items() if getattr(config, key) not in values}
+        supported = {
+            'norm': ['layernorm'],
+            'activation': ['gelu', 'gelu_tanh'],
+            'qk_norm': [False],
+            'n_kv_head': [config.n_head],
+            'head_size': [config.n_embd / config.n_head],
+        }
+    odd = [key for key, values in supported.items() if getattr(config, key) not in values]
     if odd:
-        sys.exit(f'{name}: a network with {", ".join(f"{key}={value}" for key, value in odd.items())} is none that other programs know: with '
-                 f'rope_theta={config.rope_theta} they want {", ".join(f"{key}={wanted[key][0]}" for key in odd)}')
-    return 'gpt2' if not config.rope_theta else 'qwen3' if config.qk_norm else 'llama'
+        found = ', '.join(f'{key}={getattr(config, key)}' for key in odd)
+        expected = ', '.join(f'{key}={supported[key][0]}' for key in odd)
+        sys.exit(f'{name}: a network with {found} is none that other programs know: '
+                 f'with rope_theta={config.rope_theta} they want {expected}')
+    if not config.rope_theta:
+        return 'gpt2'
+    return 'qwen3' if config.qk_norm else 'llama'
 
 
-# what Llama and Qwen3 call our layers; what is stacked in one matrix of ours they have by itself
-LAYERS = {'transformer.wte': ['model.embed_tokens'], 'transformer.ln_f': ['model.norm'], 'lm_head': ['lm_head'], 'ln_1': ['input_layernorm'],
-          'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'], 'attn.c_proj': ['self_attn.o_proj'],
-          'attn.q_norm': ['self_attn.q_norm'], 'attn.k_norm': ['self_attn.k_norm'], 'ln_2': ['post_attention_layernorm'],
-          'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'], 'mlp.c_proj': ['mlp.down_proj']}
+def hf_config(config, name):
+    """Return the config.json of a network as a dict that transformers 4 and 5 read."""
+    c = config
+    arch = architecture_of(config, name)
+    if arch == 'gpt2':
+        return {
+            'architectures': ['GPT2LMHeadModel'],
+            'model_type': arch,
+            'vocab_size': c.vocab_size,
+            'n_positions': c.block_size,
+            'n_embd': c.n_embd,
+            'n_layer': c.n_layer,
+            'n_head': c.n_head,
+            'n_inner': c.n_inner,
+            'activation_function': {'gelu': 'gelu', 'gelu_tanh': 'gelu_new'}[c.activation],
+            'layer_norm_epsilon': c.norm_eps,
+            'embd_pdrop': 0.0,
+            'attn_pdrop': 0.0,
+            'resid_pdrop': 0.0,
+            'tie_word_embeddings': c.tied,
+        }
+    return {
+        'architectures': [{'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}[arch]],
+        'model_type': arch,
+        'vocab_size': c.vocab_size,
+        'max_position_embeddings': c.block_size,
+        'hidden_size': c.n_embd,
+        'num_hidden_layers': c.n_layer,
+        'num_attention_heads': c.n_head,
+        'num_key_value_heads': c.n_kv_head,
+        'head_dim': c.head_size,
+        'intermediate_size': c.n_inner,
+        'hidden_act': 'silu',
+        'rms_norm_eps': c.norm_eps,
+        'rope_theta': c.rope_theta,  # transformers 4
+        'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta},  # transformers 5
+        'attention_bias': False,
+        'mlp_bias': False,
+        'attention_dropout': 0.0,
+        'tie_word_embeddings': c.tied,
+    }
+
+# --- weights
 
 
-def split_rows(layer, config):
-    """How many rows of a layer's matrix belong to each of the matrices that are stacked in it."""
-    return {'attn.c_attn': [heads * config.head_size for heads in (config.n_head, config.n_kv_head, config.n_kv_head)], 'mlp.c_fc': [config.n_inner] * 2}[layer]
+# our layer: its names in Llama and Qwen3, several where our matrix is a stack of theirs (see stacked_rows)
+LAYERS = {
+    'transformer.wte': ['model.embed_tokens'],
+    'transformer.ln_f': ['model.norm'],
+    'lm_head': ['lm_head'],
+    'ln_1': ['input_layernorm'],
+    'attn.c_attn': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+    'attn.c_proj': ['self_attn.o_proj'],
+    'attn.q_norm': ['self_attn.q_norm'],
+    'attn.k_norm': ['self_attn.k_norm'],
+    'ln_2': ['post_attention_layernorm'],
+    'mlp.c_fc': ['mlp.gate_proj', 'mlp.up_proj'],
+    'mlp.c_proj': ['mlp.down_proj'],
+}
+
+
+def stacked_rows(layer, config):
+    """Return the number of rows of each matrix stacked in this layer: queries, keys, values; or SwiGLU's gate, up."""
+    return {
+        'attn.c_attn': [heads * config.head_size for heads in (config.n_head, config.n_kv_head, config.n_kv_head)],
+        'mlp.c_fc': [config.n_inner, config.n_inner],
+    }[layer]
+
+
+def split_name(key):
+    """
+    Split a parameter's name: 'transformer.h.3.attn.c_attn.weight' -> ('3', 'attn.c_attn', 'weight').
+    Outside of blocks the first is None.
+    """
+    return re.fullmatch(r'(?:transformer\.h\.(\d+)\.)?(.+)\.(\w+)', key).groups()
 
 
 def huggingface_names(key, p, config):
-    """Our parameter `key` as a Hugging Face folder has it: [(name there, a view of p)]. So reading and writing are the same list."""
-    layer, _, kind = key.rpartition('.')
-    if not config.rope_theta:  # OpenAI's Conv1D keeps its matrices transposed
-        return [(key, p.t() if layer.endswith(('c_attn', 'c_proj', 'c_fc')) and p.dim() == 2 else p)]
-    block = re.match(r'transformer\.h\.(\d+)\.', layer)
-    layer = layer[block.end():] if block else layer
-    names = [(f'model.layers.{block[1]}.' if block else '') + f'{name}.{kind}' for name in LAYERS[layer]]
-    return [(names[0], p)] if len(names) == 1 else [*zip(names, p.split(split_rows(layer, config)))]
+    """
+    Return what our parameter `p`, named `key`, is in a Hugging Face folder: [(name, a view of p), ...].
+    Reading and writing both use this list.
+    """
+    block, layer, suffix = split_name(key)
+    if not config.rope_theta:
+        transposed = layer.endswith(('c_attn', 'c_proj', 'c_fc')) and p.dim() == 2  # OpenAI's Conv1D stores (in, out)
+        return [(key, p.t() if transposed else p)]
+    prefix = '' if block is None else f'model.layers.{block}.'
+    names = [f'{prefix}{name}.{suffix}' for name in LAYERS[layer]]
+    if len(names) == 1:
+        return [(names[0], p)]
+    return list(zip(names, p.split(stacked_rows(layer, config))))
 
 
 def load_pretrained(name, dropout=0.0):
     """
-    The network of a Hugging Face model, in float32: name is a folder with config.json and *.safetensors or pytorch_model.bin, or a repository
-    on the hub ('gpt2', 'Qwen/Qwen3-0.6B'). Its files are mapped, so the weights are in memory once. Ends the script with one line where it
-    is of another architecture or its files are damaged.
+    Load a Hugging Face model as a GPT in float32.
+
+    name: a folder with config.json and *.safetensors or pytorch_model.bin, or a repository on the hub ('gpt2',
+    'Qwen/Qwen3-0.6B'). The files are memory-mapped, so the weights are in memory once. Exits if the architecture is
+    another one or the files are damaged.
     """
     folder = download_pretrained(name)
+    model = model_without_weights(folder, name, dropout)
+    config = model.config
+    state = load_weights(folder)
+    if not config.rope_theta:  # GPT-2: some repositories leave the prefix out
+        prefixes = ('transformer.', 'lm_head.')
+        state = {key if key.startswith(prefixes) else f'transformer.{key}': value for key, value in state.items()}
+    model.to_empty(device='cpu')
+    if config.tied:
+        model.transformer.wte.weight = model.lm_head.weight
+
+    views = {}  # Hugging Face's name: the part of our parameter that it fills
+    for key, p in model.named_parameters():
+        views.update(huggingface_names(key, p.detach(), config))
+    check_weights(state, views, config, name)
+    for key, view in views.items():
+        view.copy_(state[key])
+    return model
+
+
+def model_without_weights(folder, name, dropout=0.0):
+    """Return the GPT of a folder's config.json on the device 'meta'. Exits if it is damaged or unsupported."""
     path = os.path.join(folder, 'config.json')
     try:
         with open(path, encoding='utf-8') as f:
             hf = json.load(f)
-        kind = hf.get('model_type')
-        if kind not in ARCHITECTURES:
-            sys.exit(f'{name}: its architecture is {kind}; supported are {", ".join(ARCHITECTURES)}')
-        config = ARCHITECTURES[kind](hf, name)
-        config.dropout = dropout
+        arch = hf.get('model_type')
+        if arch not in ARCHITECTURES:
+            sys.exit(f'{name}: its architecture is {arch}; supported are {", ".join(ARCHITECTURES)}')
+        config = ARCHITECTURES[arch](hf, name)
         if min(config.block_size, config.n_layer) < 1:
             raise ValueError(f'{config.n_layer} layers, a context of {config.block_size}')
+        config.dropout = dropout
         with torch.device('meta'):
-            model = GPT(config)  # whether these numbers make a network
+            return GPT(config)  # raises if the numbers do not make a network
     except (KeyError, ValueError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
-        sys.exit(f'{path}: not the config.json of a language model, or a damaged one ({type(error).__name__}: {str(error).partition(chr(10))[0]})')
-    state = load_weights(folder)
-    if kind == 'gpt2':
-        state = {key if key.startswith(('transformer.', 'lm_head.')) else f'transformer.{key}': value for key, value in state.items()}
-    model.to_empty(device='cpu')
-    if config.tied:
-        model.transformer.wte.weight = model.lm_head.weight
-    ours = {key: view for name, p in model.named_parameters() for key, view in huggingface_names(name, p.detach(), config)}
-    ignored = {key for key in state if re.search(r'\.attn\.(masked_)?bias$|\.inv_freq$', key) or key == 'lm_head.weight' and config.tied}  # no parameters
-    wrong = {f'{key} is missing' for key in ours.keys() - state} | {f'{key} is unknown' for key in state.keys() - ours - ignored}
-    wrong |= {f'{key} is {state[key].dtype}, expected floating point' for key in ours.keys() & state if not state[key].is_floating_point()}
-    wrong |= {f'{key} is {tuple(state[key].shape)}, expected {tuple(p.shape)}' for key, p in ours.items() if key in state and state[key].shape != p.shape}
+        reason = str(error).partition('\n')[0]
+        sys.exit(f'{path}: not the config.json of a language model, or a damaged one '
+                 f'({type(error).__name__}: {reason})')
+
+
+def check_weights(state, views, config, name):
+    """Exit unless the tensors of a folder, {name: tensor}, are floating point and match `views` in name and shape."""
+    wrong = [f'{key} is missing' for key in views if key not in state]
+    for key, tensor in state.items():
+        is_buffer = re.search(r'\.attn\.(masked_)?bias$|\.inv_freq$', key)
+        is_tied_head = key == 'lm_head.weight' and config.tied
+        if key in views:
+            if not tensor.is_floating_point():
+                wrong.append(f'{key} is {tensor.dtype}, expected floating point')
+            if tensor.shape != views[key].shape:
+                wrong.append(f'{key} is {tuple(tensor.shape)}, expected {tuple(views[key].shape)}')
+        elif not is_buffer and not is_tied_head:
+            wrong.append(f'{key} is unknown')
     if wrong:
         sys.exit(f'{name}: its weights do not fit its config.json: {"; ".join(sorted(wrong))}')
-    for key, p in ours.items():
-        p.copy_(state[key])
-    return model
 
 
 def download_pretrained(name):
-    """The folder of a Hugging Face model: name itself if it is one, else its copy from the hub (HF_ENDPOINT and HF_HOME are honoured)."""
+    """
+    Return the folder of a Hugging Face model: `name` itself if it is a folder, else a download from the hub.
+    huggingface_hub reads HF_ENDPOINT and HF_HOME.
+    """
     folder = os.path.expanduser(name)
     if os.path.isfile(os.path.join(folder, 'config.json')):
         return folder
@@ -127,77 +280,113 @@ def download_pretrained(name):
         sys.exit(f'{name}: no config.json in this folder; expected a Hugging Face model')
     try:
         from huggingface_hub import snapshot_download
-        return snapshot_download(name, allow_patterns=['config.json', '*.safetensors', '*.safetensors.index.json', 'tokenizer.json', 'vocab.json', 'merges.txt'])
-    except Exception as error:  # every kind of network failure has a class of its own there
-        sys.exit(f'{name}: no such folder, and no such model could be had from the Hugging Face hub ({type(error).__name__}); '
-                 'without network, give the path of a folder with config.json and model.safetensors')
+        patterns = ['config.json', '*.safetensors', '*.safetensors.index.json']
+        patterns += ['tokenizer.json', 'vocab.json', 'merges.txt']
+        return snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:  # every kind of network failure has its own class there
+        sys.exit(f'{name}: no such folder, and no such model could be had from the Hugging Face hub '
+                 f'({type(error).__name__}); without network, give the path of a folder '
+                 'with config.json and model.safetensors')
 
 
 def load_weights(folder):
-    """The tensors of a Hugging Face folder, by name: model.safetensors, the shards of its index, or pytorch_model.bin (never unpickled beyond tensors)."""
+    """
+    Return the tensors of a Hugging Face folder, {name: tensor}, from model.safetensors, the shards of its index, or
+    pytorch_model.bin (loaded with weights_only). Exits if a file is missing or damaged.
+    """
     from safetensors.torch import load_file
-    state, index = {}, os.path.join(folder, 'model.safetensors.index.json')
-    names = sorted(name for name in os.listdir(folder) if name.endswith('.safetensors')) or ['pytorch_model.bin']
-    names = ['model.safetensors'] if 'model.safetensors' in names else names  # and not what else lies there
-    if os.path.exists(index):
-        try:
-            with open(index, encoding='utf-8') as f:
-                names = sorted({os.path.basename(name) for name in json.load(f)['weight_map'].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            sys.exit(f'{index}: damaged ({type(error).__name__}: {error})')
-    missing = [name for name in names if not os.path.exists(os.path.join(folder, name))]
+    files = weight_files(folder)
+    missing = [file for file in files if not os.path.exists(os.path.join(folder, file))]
     if missing:
-        sys.exit(f'{folder}: {", ".join(missing)} missing' + '; expected model.safetensors or pytorch_model.bin' * (names == ['pytorch_model.bin']))
-    for name in names:
-        path = os.path.join(folder, name)
+        hint = '; expected model.safetensors or pytorch_model.bin' if files == ['pytorch_model.bin'] else ''
+        sys.exit(f'{folder}: {", ".join(missing)} missing{hint}')
+    state = {}
+    for file in files:
+        path = os.path.join(folder, file)
         try:
-            state.update(load_file(path) if name.endswith('.safetensors') else torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path)))
+            if file.endswith('.safetensors'):
+                tensors = load_file(path)
+            else:
+                tensors = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+            state.update(tensors)
             if not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
                 raise TypeError
-        except Exception as error:  # nearly every kind there is
+        except Exception as error:  # a damaged file raises nearly every class of error
             sys.exit(f'{path}: not a file of tensors alone, or a damaged one ({type(error).__name__})')
     return state
 
 
-def hf_config(config, name):
-    """The config.json of a network, as transformers 4 and 5 read it."""
-    c, kind = config, architecture_of(config, name)
-    if kind == 'gpt2':
-        return {'architectures': ['GPT2LMHeadModel'], 'model_type': kind, 'vocab_size': c.vocab_size, 'n_positions': c.block_size, 'n_embd': c.n_embd,
-                'n_layer': c.n_layer, 'n_head': c.n_head, 'n_inner': c.n_inner, 'activation_function': {'gelu': 'gelu', 'gelu_tanh': 'gelu_new'}[c.activation],
-                'layer_norm_epsilon': c.norm_eps, 'embd_pdrop': 0.0, 'attn_pdrop': 0.0, 'resid_pdrop': 0.0, 'tie_word_embeddings': c.tied}
-    return {'architectures': [{'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}[kind]], 'model_type': kind, 'vocab_size': c.vocab_size,
-            'max_position_embeddings': c.block_size, 'hidden_size': c.n_embd, 'num_hidden_layers': c.n_layer, 'num_attention_heads': c.n_head,
-            'num_key_value_heads': c.n_kv_head, 'head_dim': c.head_size, 'intermediate_size': c.n_inner, 'hidden_act': 'silu', 'rms_norm_eps': c.norm_eps,
-            'rope_theta': c.rope_theta, 'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_theta}, 'attention_bias': False, 'mlp_bias': False,
-            'attention_dropout': 0.0, 'tie_word_embeddings': c.tied}
+def weight_files(folder):
+    """Return the names of the files with the weights of a Hugging Face folder."""
+    index = os.path.join(folder, 'model.safetensors.index.json')
+    if os.path.exists(index):
+        try:
+            with open(index, encoding='utf-8') as f:
+                return sorted({os.path.basename(file) for file in json.load(f)['weight_map'].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            sys.exit(f'{index}: damaged ({type(error).__name__}: {error})')
+    files = sorted(file for file in os.listdir(folder) if file.endswith('.safetensors'))
+    if 'model.safetensors' in files:
+        return ['model.safetensors']  # other files may be there, such as the original's consolidated.safetensors
+    return files or ['pytorch_model.bin']
 
 
 def hf_weights(model, dtype):
-    """The tensors of a Hugging Face folder {name: tensor}, in `dtype`. Where GPT-2 has biases and the network none, they are 0."""
-    state = {name: view for key, p in model.named_parameters() for name, view in huggingface_names(key, p.detach(), model.config)}
+    """
+    Return the tensors of a Hugging Face folder, {name: tensor}, in `dtype`.
+    Where transformers' GPT-2 has biases and the model none, they are 0.
+    """
+    views = {}
+    for key, p in model.named_parameters():
+        views.update(huggingface_names(key, p.detach(), model.config))
     if not model.config.rope_theta:
         with torch.device('meta'):
-            full = GPT(GPTConfig(**{**vars(model.config), 'bias': True}))
-        state.update({key: torch.zeros(p.shape) for key, p in full.named_parameters() if key not in state})
-    return {name: torch.empty(p.shape, dtype=dtype).copy_(p) for name, p in state.items()}  # each with memory of its own
+            with_biases = GPT(GPTConfig(**{**vars(model.config), 'bias': True}))
+        views.update({key: torch.zeros(p.shape) for key, p in with_biases.named_parameters() if key not in views})
+    # each with memory of its own, as safetensors wants it
+    return {key: torch.empty(view.shape, dtype=dtype).copy_(view) for key, view in views.items()}
+
+# --- a whole folder
 
 
 def save_pretrained(folder, model, tokenizer, dtype, name):
-    """Write what transformers and vLLM open: weights in float32, bfloat16 or float16, in shards where they are large; tokenizer; how a text ends; chat template."""
+    """
+    Write a folder that transformers and vLLM open: weights in float32, bfloat16 or float16 (in shards of 4 GB),
+    tokenizer, end-of-text tokens and chat template. dtype: 'float32', ...; name: of the model in messages.
+    """
     from huggingface_hub import save_torch_state_dict
-    end = end_of_turn(tokenizer) if can_chat(tokenizer) else tokenizer.eot
-    bos = tokenizer.eot if tokenizer.eot is not None else end
+    chats = can_chat(tokenizer)
+    end = end_of_turn(tokenizer) if chats else tokenizer.eot
+    bos = end if tokenizer.eot is None else tokenizer.eot
     ids = {'bos_token_id': bos, 'eos_token_id': end, 'pad_token_id': bos}
-    names = {i: text for text, i in tokenizer.specials.items()}
-    about_tokens = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': model.config.block_size, 'clean_up_tokenization_spaces': False,
-                    **{key.removesuffix('_id'): names[i] for key, i in ids.items() if i is not None}, **({'chat_template': JINJA} if can_chat(tokenizer) else {})}
-    files = {'config.json': {**hf_config(model.config, name), 'dtype': dtype, **ids},
-             'generation_config.json': {**ids, 'eos_token_id': sorted({end, tokenizer.eot} - {None}) or None, 'do_sample': True, 'temperature': 0.8, 'top_k': 200},
-             'tokenizer_config.json': about_tokens}
+    name_of = {i: text for text, i in tokenizer.specials.items()}
+
+    generation = {
+        **ids,
+        'eos_token_id': sorted({end, tokenizer.eot} - {None}) or None,
+        'do_sample': True,
+        'temperature': 0.8,
+        'top_k': 200,
+    }
+    about_tokens = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'model_max_length': model.config.block_size,
+        'clean_up_tokenization_spaces': False,
+    }
+    for key, i in ids.items():
+        if i is not None:
+            about_tokens[key.removesuffix('_id')] = name_of[i]
+    if chats:
+        about_tokens['chat_template'] = JINJA
+    files = {
+        'config.json': {**hf_config(model.config, name), 'dtype': dtype, **ids},
+        'generation_config.json': generation,
+        'tokenizer_config.json': about_tokens,
+    }
     for file, content in files.items():
         with open(os.path.join(folder, file), 'w', encoding='utf-8') as f:
             json.dump(content, f, indent=2, ensure_ascii=False)
     with open(os.path.join(folder, 'tokenizer.json'), 'w', encoding='utf-8', newline='') as f:
         f.write(tokenizer.json)
-    save_torch_state_dict(hf_weights(model, getattr(torch, dtype)), folder, max_shard_size='4GB', metadata={'format': 'pt'})
+    weights = hf_weights(model, getattr(torch, dtype))
+    save_torch_state_dict(weights, folder, max_shard_size='4GB', metadata={'format': 'pt'})

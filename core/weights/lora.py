@@ -1,6 +1,8 @@
 """
-LoRA (Hu et al. 2021: https://arxiv.org/abs/2106.09685): a network stays as it is, and beside some of its Linears two small matrices are trained, whose product is
-added. With a base in eight or four bits that is QLoRA (Dettmers et al. 2023: https://arxiv.org/abs/2305.14314).
+LoRA (Hu et al. 2021: https://arxiv.org/abs/2106.09685): the weights of a network are frozen, and beside some of its
+Linears two small matrices are trained, whose product is added. With a base in eight or four bits it is QLoRA
+(Dettmers et al. 2023:
+https://arxiv.org/abs/2305.14314).
 """
 import copy
 import json
@@ -14,38 +16,49 @@ from safetensors.torch import save_file
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from core.files import find
-from core.weights.huggingface import LAYERS, architecture_of, split_rows
+from core.weights.huggingface import LAYERS, architecture_of, split_name, stacked_rows
 from core.weights.quantize import FrozenLinear
 from kernels import dropout
 from model import GPTConfig
 
 # settings of train.py
-lora_rank = 0  # of LoRA's adapters: their inner width, e.g. 16; only they are trained. 0: no LoRA, all weights are
-lora_alpha = 32.0  # what an adapter adds is multiplied by lora_alpha / lora_rank
-lora_dropout = 0.0  # on what goes into an adapter
-lora_targets = 'c_attn,c_proj,c_fc'  # names, or ends of names, of the Linears that get one; attn.c_proj and mlp.c_proj are two
-quantize_base = ''  # the weights that are not trained in 'int8', or in 'nf4' by bitsandbytes (QLoRA); '': in float32
-SETTINGS = 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets', 'quantize_base'
+lora_rank = 0  # inner width of LoRA adapters, e.g. 16; only they are trained. 0: no LoRA, train all weights
+lora_alpha = 32.0  # an adapter's output is multiplied by lora_alpha / lora_rank
+lora_dropout = 0.0  # dropout on an adapter's input
+lora_targets = 'c_attn,c_proj,c_fc'  # Linears that get an adapter, by (end of) name; c_proj: attn.c_proj and mlp.c_proj
+quantize_base = ''  # the frozen weights in 'int8', or in 'nf4' by bitsandbytes (QLoRA); '': in float32
+SETTINGS = ('lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets', 'quantize_base')
+
+# A model with adapters has a dict model.lora, which the checkpoint contains: the SETTINGS; 'base' and 'base_path', the
+# name and path of the base; 'known', its number of embedding rows (base_vocab_size); 'probe', a sample of its weights.
+
+# --- layers
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank * B A x, (..., in) -> (..., out): A (rank, in) starts as peft starts it, B (out, rank) at 0, so that nothing is added at first."""
+    """
+    base(x) + alpha / rank * B A x, (..., in) -> (..., out).
+    A (rank, in) starts as in peft, B (out, rank) at 0, so that at first nothing is added.
+    """
 
     def __init__(self, base, rank, alpha, p):
         super().__init__()
         device = base.weight.device
-        self.base, self.scale, self.dropout = base, alpha / rank, p
+        self.base = base
+        self.scale = alpha / rank
+        self.dropout = p
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        return self.base(x) + self.lora_B(self.lora_A(dropout(x, self.dropout if self.training else 0.0))) * self.scale
+        p = self.dropout if self.training else 0.0
+        return self.base(x) + self.lora_B(self.lora_A(dropout(x, p))) * self.scale
 
 
 class NewRows(nn.Module):
-    """Rows of the vocabulary that are trained, (n, C), below those that are not."""
+    """Trained rows (n, C) of an embedding or head, below the frozen ones. A parametrization of the module's weight."""
 
     def __init__(self, rows):
         super().__init__()
@@ -55,102 +68,175 @@ class NewRows(nn.Module):
         return torch.cat([weight, self.rows])  # (V, C)
 
 
-def replace_modules(model, kind, new):
-    """Put new(child) in the place of each child module of this kind."""
-    for module in [module for module in model.modules() if not isinstance(module, kind)]:  # nobody holds a child that has been replaced
-        for name, child in module.named_children():
-            if isinstance(child, kind):
-                setattr(module, name, new(child))
+def replace_modules(model, cls, make):
+    """Replace each child module of class `cls` with make(child)."""
+    parents = [module for module in model.modules() if not isinstance(module, cls)]  # a list, as the tree changes
+    for parent in parents:
+        for name, child in parent.named_children():
+            if isinstance(child, cls):
+                setattr(parent, name, make(child))
+
+# --- train.py's settings
 
 
-def add_lora(model, origin, resumed, known, config, given, run):
+def check_lora(model, origin, resuming, optimizer, parallel, given):
     """
-    Give a network, which comes from `origin`, adapters where the settings `config` want some; a resumed one has its own or none, and then the settings become those. Ends
-    the script with one line where they cannot be, or the command line, `given`, says otherwise. known: see add_adapters().
+    Exit unless the settings of this file make sense, with each other and with the run.
+
+    model: before add_lora(), or as resumed; origin: where its weights come from; optimizer, parallel: train.py's
+    settings; given: the settings that the command line names, which may not contradict the adapters of a resumed run.
     """
-    if config['lora_rank'] < 0 or config['lora_alpha'] <= 0 or not 0 <= config['lora_dropout'] < 1:
-        sys.exit(f'lora_rank={config["lora_rank"]}, lora_alpha={config["lora_alpha"]}, lora_dropout={config["lora_dropout"]}: expected at least 0, above 0, and in [0, 1)')
-    if config['quantize_base'] not in ('', 'int8', 'nf4'):
-        sys.exit(f'quantize_base={config["quantize_base"]}: expected int8 or nf4')
-    if config['quantize_base'] and not (config['lora_rank'] or model.lora):
-        sys.exit(f'quantize_base={config["quantize_base"]}: only what is not trained can be quantised; set --lora_rank=16')
-    for key, value, why in (('optimizer', 'muon', 'adapters are no matrices for Muon'), ('parallel', 'fsdp', 'adapters are not sharded')):
-        if config[key] == value and (config['lora_rank'] or model.lora):
-            sys.exit(f'{key}={value}: {why}; leave it out where LoRA is trained')
-    if config['lora_rank'] and not resumed:
-        if origin == 'scratch':
-            sys.exit(f'lora_rank={config["lora_rank"]}: adapters stand beside weights that are good already; say whose: --init_from=...')
-        lora = {key: config[key] for key in SETTINGS} | {'base': origin, 'base_path': os.path.realpath(find(origin)) if os.path.exists(find(origin)) else ''}
-        add_adapters(model, {**lora, 'known': known, 'probe': sample_weights(model)}, run.device)
-    had = model.lora or {'lora_rank': 0}
-    for key in filter(had.__contains__, SETTINGS):
-        if key in given and config[key] != had[key]:
-            sys.exit(f'--{key}={config[key]} contradicts {origin}, which has {key}={had[key]}; leave it out, or choose another --out_dir')
-        config[key] = had[key]
-    if model.lora:
-        print(describe_adapters(model))
+    if lora_rank < 0 or lora_alpha <= 0 or not 0 <= lora_dropout < 1:
+        sys.exit(f'lora_rank={lora_rank}, lora_alpha={lora_alpha}, lora_dropout={lora_dropout}: '
+                 'expected at least 0, above 0, and in [0, 1)')
+    if quantize_base not in ('', 'int8', 'nf4'):
+        sys.exit(f'quantize_base={quantize_base}: expected int8 or nf4')
+    trains_adapters = lora_rank or model.lora
+    if quantize_base and not trains_adapters:
+        sys.exit(f'quantize_base={quantize_base}: only what is not trained can be quantised; set --lora_rank=16')
+    if optimizer == 'muon' and trains_adapters:
+        sys.exit('optimizer=muon: adapters are no matrices for Muon; leave it out where LoRA is trained')
+    if parallel == 'fsdp' and trains_adapters:
+        sys.exit('parallel=fsdp: adapters are not sharded; leave it out where LoRA is trained')
+    if lora_rank and origin == 'scratch':
+        sys.exit(f'lora_rank={lora_rank}: adapters stand beside weights that are good already; '
+                 'say whose: --init_from=...')
+    if resuming:
+        wanted = lora_settings()
+        for key, value in used_settings(model).items():
+            if key in given and wanted[key] != value:
+                sys.exit(f'--{key}={wanted[key]} contradicts {origin}, which has {key}={value}; '
+                         'leave it out, or choose another --out_dir')
+
+
+def lora_settings():
+    """Return the settings of this file, {name: value}."""
+    return {key: globals()[key] for key in SETTINGS}
+
+
+def used_settings(model):
+    """Return the settings that this model has, {name: value}: a resumed one keeps those that it was given at first."""
+    if not model.lora:
+        return {'lora_rank': 0}
+    return {key: model.lora[key] for key in SETTINGS}
+
+
+def add_lora(model, origin, base_vocab_size, device):
+    """Add adapters as the settings of this file say, if lora_rank is not 0. origin: where the weights come from."""
+    if not lora_rank:
+        return
+    base = find(origin)
+    lora = {
+        **lora_settings(),
+        'base': origin,
+        'base_path': os.path.realpath(base) if os.path.exists(base) else '',  # '': a model of the Hugging Face hub
+        'known': base_vocab_size,
+        'probe': weight_sample(model),
+    }
+    add_adapters(model, lora, device)
+
+# --- adapters
 
 
 def add_adapters(model, lora, device='cpu'):
     """
-    Freeze a network, bring it to the device, with a quantised base layer by layer, and give it adapters, in place. lora: the SETTINGS and 'known': so many rows of
-    the vocabulary are the base's; those below, of tokens that it never saw, are trained as well. Ends the script with one line where the targets match nothing.
+    Freeze a model, move it to the device (a quantised base layer by layer) and add adapters, in place.
+
+    lora: the SETTINGS, and 'known', the number of embedding rows of the base. Rows beyond them, for tokens that the
+    base never saw, are trained too, and so is the head of a reward model. Exits if lora_targets match no layer.
     """
     model.lora = lora
     model.requires_grad_(False)
     if lora['quantize_base']:
-        replace_modules(model.transformer.h, nn.Linear, lambda linear: FrozenLinear(linear, lora['quantize_base'], device))
+        kind = lora['quantize_base']
+        replace_modules(model.transformer.h, nn.Linear, lambda linear: FrozenLinear(linear, kind, device))
     model.to(device)
     if model.config.reward:
-        model.lm_head.requires_grad_(True)  # small, and what the answers are judged by
-    targets = [target.strip() for target in lora['lora_targets'].split(',') if target.strip()]
-    layers = {name: module for name, module in model.transformer.h.named_modules() if isinstance(module, (nn.Linear, FrozenLinear))}
-    unmatched = [target for target in targets if not any(f'.{name}'.endswith(f'.{target}') for name in layers)]
+        model.lm_head.requires_grad_(True)  # a single row, which computes the rewards
+    for name, layer in target_layers(model, lora['lora_targets']).items():
+        parent, _, child = name.rpartition('.')
+        adapter = LoRALinear(layer, lora['lora_rank'], lora['lora_alpha'], lora['lora_dropout'])
+        setattr(model.transformer.h.get_submodule(parent), child, adapter)
+    train_new_rows(model, lora['known'])
+
+
+def target_layers(model, lora_targets):
+    """Return the Linears of the blocks that get an adapter, {name: module}. Exits if one of the targets has none."""
+    modules = model.transformer.h.named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, (nn.Linear, FrozenLinear))}
+    targets = [target.strip() for target in lora_targets.split(',') if target.strip()]
+    matched = {}
+    for target in targets:
+        matched[target] = [name for name in layers if f'.{name}'.endswith(f'.{target}')]
+    unmatched = [target for target in targets if not matched[target]]
     if unmatched or not targets:
+        problem = f'no layer is called {", ".join(unmatched)}' if unmatched else 'no names'
         names = dict.fromkeys(name.partition('.')[2] for name in layers)  # without the number of the block
-        sys.exit(f'lora_targets={lora["lora_targets"]}: ' + (f'no layer is called {", ".join(unmatched)}' if unmatched else 'no names') + f'; there are {", ".join(names)}')
-    for name, layer in layers.items():
-        if any(f'.{name}'.endswith(f'.{target}') for target in targets):
-            parent, _, child = name.rpartition('.')
-            setattr(model.transformer.h.get_submodule(parent), child, LoRALinear(layer, lora['lora_rank'], lora['lora_alpha'], lora['lora_dropout']))
-    known, halves = lora['known'], {}  # of each matrix of the vocabulary, one where it is tied: the rows that stay, those that are trained
-    for module in [model.transformer.wte] + [model.lm_head] * (not model.config.reward):
+        sys.exit(f'lora_targets={lora_targets}: {problem}; there are {", ".join(names)}')
+    chosen = {name for target in targets for name in matched[target]}
+    return {name: module for name, module in layers.items() if name in chosen}  # in the order of the network
+
+
+def train_new_rows(model, base_vocab_size):
+    """Train the rows of embedding and head beyond the base's vocabulary. Tied matrices share their new rows."""
+    modules = [model.transformer.wte]
+    if not model.config.reward:
+        modules.append(model.lm_head)
+    split = {}  # id of a matrix: its frozen rows, its trained rows
+    for module in modules:
         weight = module.weight
-        if known < len(weight):
-            if id(weight) not in halves:
-                halves[id(weight)] = nn.Parameter(weight[:known].clone(), requires_grad=False), NewRows(weight[known:].clone())
-            module.weight, rows = halves[id(weight)]
-            register_parametrization(module, 'weight', rows, unsafe=True)  # it changes the shape
+        if len(weight) > base_vocab_size:
+            if id(weight) not in split:
+                frozen = nn.Parameter(weight[:base_vocab_size].clone(), requires_grad=False)
+                split[id(weight)] = frozen, NewRows(weight[base_vocab_size:].clone())
+            module.weight, new_rows = split[id(weight)]
+            register_parametrization(module, 'weight', new_rows, unsafe=True)  # unsafe: the shape changes
 
 
 def describe_adapters(model):
-    """What is trained and what memory that takes, for people."""
+    """Return a line about what is trained and how much memory it takes."""
+    lora = model.lora
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
-    small, before = sum(layer.nbytes() for layer in layers), sum(layer.in_features * layer.out_features for layer in layers)
-    count = trained + before + sum(p.numel() for p in frozen)
-    base = small + sum(p.nbytes for p in frozen)
-    return (f'LoRA of rank {model.lora["lora_rank"]} on {model.lora["lora_targets"]}: {trained:,} of {count:,} parameters are trained ({trained / count:.2%}); the base takes {base / 1e6:,.1f} MB'
-            + (f' ({len(layers)} layers in {model.lora["quantize_base"]}: {small / 1e6:,.1f} MB, {small / (2 * before):.3f} of what they take in bfloat16)' if layers else '')
-            + f', adapters, gradients and moments {16 * trained / 1e6:,.1f} MB (training all of it: {16 * (count - trained) / 1e6:,.1f} MB)')
+    quantised = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    quantised_bytes = sum(layer.nbytes() for layer in quantised)
+    quantised_weights = sum(layer.in_features * layer.out_features for layer in quantised)
+    count = trained + quantised_weights + sum(p.numel() for p in frozen)
+    base_bytes = quantised_bytes + sum(p.nbytes for p in frozen)
+
+    text = (f'LoRA of rank {lora["lora_rank"]} on {lora["lora_targets"]}: {trained:,} of {count:,} parameters '
+            f'are trained ({trained / count:.2%}); the base takes {base_bytes / 1e6:,.1f} MB')
+    if quantised:
+        share = quantised_bytes / (2 * quantised_weights)
+        text += (f' ({len(quantised)} layers in {lora["quantize_base"]}: {quantised_bytes / 1e6:,.1f} MB, '
+                 f'{share:.3f} of what they take in bfloat16)')
+    # weight, gradient and two Adam moments, 4 bytes each
+    return text + (f', adapters, gradients and moments {16 * trained / 1e6:,.1f} MB '
+                   f'(training all of it: {16 * (count - trained) / 1e6:,.1f} MB)')
 
 
 def trained_weights(model):
-    """What a checkpoint keeps of a network: all of it, or of one with adapters what is trained."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} if model.lora else model.state_dict()
+    """Return the tensors that a checkpoint contains, {name: tensor}: all, or with adapters only the trained ones."""
+    if not model.lora:
+        return model.state_dict()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def merged_linear(layer):
+    """Return a plain Linear that computes what this LoRALinear does, up to rounding."""
+    linear = layer.base
+    if isinstance(linear, FrozenLinear):
+        linear = linear.linear()
+    linear.weight += layer.scale * layer.lora_B.weight @ layer.lora_A.weight
+    return linear
 
 
 def merge(model):
-    """Add the adapters to the weights that they stand beside, in place, to within rounding; and turn quantised ones back into what they multiplied as. Returns the model, a plain one."""
-    @torch.no_grad()
-    def merged(layer):
-        linear = layer.base.linear() if isinstance(layer.base, FrozenLinear) else layer.base
-        linear.weight += layer.scale * layer.lora_B.weight @ layer.lora_A.weight
-        return linear
-    replace_modules(model, LoRALinear, merged)
+    """Add the adapters to the weights, in place, and dequantise quantised layers. Returns the plain model."""
+    replace_modules(model, LoRALinear, merged_linear)
     replace_modules(model, FrozenLinear, FrozenLinear.linear)
-    for module in {model.transformer.wte, model.lm_head}:
+    for module in (model.transformer.wte, model.lm_head):
         if is_parametrized(module):
             weight = module.weight.detach()
             remove_parametrizations(module, 'weight', leave_parametrized=False)
@@ -162,41 +248,76 @@ def merge(model):
 
 
 def without_adapters(model):
-    """The base as it was, a reference to measure from: a network of its own that shares the weights with `model`."""
-    base = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    """
+    Return the frozen base as a model of its own, which shares its weights with `model`: the reference of DPO and
+    GRPO.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    base = copy.deepcopy(model, shared)  # a memo in which each tensor is its own copy
     replace_modules(base, LoRALinear, lambda layer: layer.base)
-    for module in {base.transformer.wte, base.lm_head}:
+    for module in (base.transformer.wte, base.lm_head):
         if is_parametrized(module):
-            original, added = module.parametrizations.weight.original, module.parametrizations.weight[0]
-            added.rows = nn.Parameter(original.mean(dim=0).repeat(len(added.rows), 1))
+            weight = module.parametrizations.weight
+            new_rows = weight[0]
+            mean = weight.original.mean(dim=0)  # as resize_vocabulary() starts new rows
+            new_rows.rows = nn.Parameter(mean.repeat(len(new_rows.rows), 1))
     base.lora = None
     return base.eval().requires_grad_(False)
 
 
-def sample_weights(model):
-    """Some numbers of every tensor in the blocks of a network, by which another one is noticed."""
-    return torch.cat([p.detach().flatten()[::max(1, p.numel() // 16)][:16].cpu() for p in model.transformer.h.parameters()])
+def weight_sample(model):
+    """Return a sample of the weights of the blocks, stored with the adapters to detect that their base has changed."""
+    samples = []
+    for p in model.transformer.h.parameters():
+        stride = max(1, p.numel() // 16)
+        samples.append(p.detach().flatten()[::stride][:16].cpu())
+    return torch.cat(samples)
+
+# --- export
 
 
 def save_adapter(folder, checkpoint, dtype, name):
     """
-    Write what peft reads, adapter_config.json and adapter_model.safetensors, for the base as transformers has it, in `dtype`. One matrix A of ours that serves queries, keys and
-    values stands there with each of them. Ends the script with one line where more than adapters was trained.
+    Write adapter_config.json and adapter_model.safetensors, as peft reads them, for the base in Hugging Face's format.
+
+    dtype: 'float32', ...; name: of the model in messages. For Llama and Qwen3 the one matrix A that our stacked
+    queries, keys and values share is written for each of them. Exits if other weights than adapters were trained.
     """
-    lora, config, tensors, targets = checkpoint['lora'], GPTConfig(**checkpoint['model_args']), {}, set()
-    kind = architecture_of(config, name)
+    lora = checkpoint['lora']
+    config = GPTConfig(**checkpoint['model_args'])
+    arch = architecture_of(config, name)
     others = [key for key in checkpoint['model'] if '.lora_' not in key]
     if others:
-        sys.exit(f'{name}: {others[0]} is trained, too, and is none of the base, so the adapter alone is no use; export the whole by --merge=True')
+        sys.exit(f'{name}: {others[0]} is trained, too, and is none of the base, so the adapter alone is no use; '
+                 'export the whole by --merge=True')
+    tensors = {}
+    targets = set()
     for key, p in checkpoint['model'].items():
-        layer, _, part = key.removesuffix('.weight').rpartition('.')
-        _, _, block, layer = layer.split('.', 3)
-        names = [f'transformer.h.{block}.{layer}'] if kind == 'gpt2' else [f'model.layers.{block}.{other}' for other in LAYERS[layer]]
-        parts = [p] * len(names) if part == 'lora_A' or len(names) == 1 else p.split(split_rows(layer, config))
-        tensors.update((f'base_model.model.{other}.{part}.weight', tensor.to(getattr(torch, dtype), copy=True)) for other, tensor in zip(names, parts))
-        targets.update('.'.join(other.split('.')[-2:]) for other in names)
-    about = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': lora['base'], 'r': lora['lora_rank'], 'lora_alpha': lora['lora_alpha'], 'lora_dropout': lora['lora_dropout'],
-             'target_modules': sorted(targets), 'fan_in_fan_out': kind == 'gpt2', 'bias': 'none', 'inference_mode': True}
+        path, _, part = key.removesuffix('.weight').rpartition('.')  # part: lora_A or lora_B
+        block, layer, _ = split_name(f'{path}.weight')
+        if arch == 'gpt2':
+            names = [path]
+        else:
+            names = [f'model.layers.{block}.{hf_name}' for hf_name in LAYERS[layer]]
+        if part == 'lora_B' and len(names) > 1:
+            parts = p.split(stacked_rows(layer, config))
+        else:
+            parts = [p] * len(names)
+        for hf_name, tensor in zip(names, parts):
+            tensors[f'base_model.model.{hf_name}.{part}.weight'] = tensor.to(getattr(torch, dtype), copy=True)
+            targets.add('.'.join(hf_name.split('.')[-2:]))
+    adapter_config = {
+        'peft_type': 'LORA',
+        'task_type': 'CAUSAL_LM',
+        'base_model_name_or_path': lora['base'],
+        'r': lora['lora_rank'],
+        'lora_alpha': lora['lora_alpha'],
+        'lora_dropout': lora['lora_dropout'],
+        'target_modules': sorted(targets),
+        'fan_in_fan_out': arch == 'gpt2',
+        'bias': 'none',
+        'inference_mode': True,
+    }
     save_file(tensors, os.path.join(folder, 'adapter_model.safetensors'), metadata={'format': 'pt'})
     with open(os.path.join(folder, 'adapter_config.json'), 'w', encoding='utf-8') as f:
-        json.dump(about, f, indent=2)
+        json.dump(adapter_config, f, indent=2)

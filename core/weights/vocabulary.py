@@ -1,5 +1,5 @@
-"""The vocabulary of a model: padded size, fitting to a dataset, resizing; the head of a reward model."""
-import operator
+"""The vocabulary of a model: padded size, fitting it to a dataset, resizing it; the head of a reward model."""
+import math
 import sys
 
 import torch
@@ -8,50 +8,76 @@ from core.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 
 def new_reward_head(model):
-    """A head of one number, which starts at 0, in the place of that for the vocabulary."""
+    """Replace the head for the vocabulary with one that outputs a single number. Its weights start at 0."""
     model.config.reward = True
     model.lm_head = torch.nn.Linear(model.config.n_embd, 1, bias=False, device=model.lm_head.weight.device)
     torch.nn.init.zeros_(model.lm_head.weight)
 
 
 def padded_vocab_size(vocab_size):
-    """How many rows a network has for a vocabulary: above 4,096 ids a multiple of 64, which matrix units like."""
-    return vocab_size if vocab_size <= 4096 else -(-vocab_size // 64) * 64
+    """
+    Return the number of embedding rows for a vocabulary: above 4,096 ids a multiple of 64, which matrix units like.
+    """
+    if vocab_size <= 4096:
+        return vocab_size
+    return math.ceil(vocab_size / 64) * 64
+
+
+def own_tokenizer(source):
+    """Return the tokenizer that came with the weights, or None. source: as load_model() returned it."""
+    if 'folder' in source:
+        return load_tokenizer(source['folder']) if has_tokenizer(source['folder']) else None
+    return Tokenizer(source['tokenizer']) if source.get('tokenizer') else None
 
 
 def fit_vocabulary(model, source, data, origin):
     """
-    Make room in a network, as load_model returned it with its source, for the role tokens that a dataset's tokenizer has appended to its own. Returns how many rows
-    of the vocabulary are still the network's own. Ends the script with one line where the two do not belong together.
+    Grow the embedding if the dataset's tokenizer adds role tokens to the model's own.
+
+    source: as load_model() returned it, or {} for a new model; origin: the name of the weights in messages.
+    Returns the number of embedding rows that came with the weights. Exits if the dataset was cut into tokens by
+    another tokenizer.
     """
-    known, ours, theirs = model.config.vocab_size, data.tokenizer, None
-    if isinstance(source, str):
-        theirs = load_tokenizer(source) if has_tokenizer(source) else None
-    elif source.get('tokenizer'):
-        theirs = Tokenizer(source['tokenizer'])
-    if theirs and ours and theirs.json != ours.json:
-        if not (all(map(operator.eq, ours.pieces, theirs.pieces)) if isinstance(source, str) else ours.extends(theirs)):  # Qwen2's has fewer tokens than Qwen3's, but the same
-            sys.exit(f'dataset={data.folder} is cut into tokens by another tokenizer than the text that {origin} was trained on; prepare it with that one')
-        known = min(known, theirs.vocab_size)
-    grows = data.kind and data.vocab_size > known
+    base_vocab_size = model.config.vocab_size
+    tok = data.tokenizer
+    base_tok = own_tokenizer(source)
+    if base_tok and tok and base_tok.json != tok.json:
+        if 'folder' in source:  # common ids must be equal: Qwen2's tokenizer has fewer than Qwen3's, but the same ones
+            compatible = all(a == b for a, b in zip(tok.pieces, base_tok.pieces))
+        else:
+            compatible = tok.extends(base_tok)
+        if not compatible:
+            sys.exit(f'dataset={data.folder} is cut into tokens by another tokenizer than the text that {origin} '
+                     'was trained on; prepare it with that one')
+        base_vocab_size = min(base_vocab_size, base_tok.vocab_size)
+
+    grows = data.kind and data.vocab_size > base_vocab_size
     if grows:
-        resize_vocabulary(model, known, max(padded_vocab_size(data.vocab_size), model.config.vocab_size))
-    eot_on_top = ours is not None and ours.eot == data.vocab_size - 1  # nanoGPT's models have no row for it; a single text has none in it
-    if data.vocab_size - eot_on_top > model.config.vocab_size:
-        sys.exit(f'dataset={data.folder} has {data.vocab_size:,} token ids and {origin} only {model.config.vocab_size:,}; they need the same tokenizer')
-    return known if grows else model.config.vocab_size
+        rows = max(padded_vocab_size(data.vocab_size), model.config.vocab_size)
+        resize_vocabulary(model, base_vocab_size, rows)
+
+    needed = data.vocab_size
+    if tok is not None and tok.eot == data.vocab_size - 1:
+        needed -= 1  # nanoGPT's models have no row for end-of-text; a dataset of one text never contains it
+    if needed > model.config.vocab_size:
+        sys.exit(f'dataset={data.folder} has {data.vocab_size:,} token ids and {origin} only '
+                 f'{model.config.vocab_size:,}; they need the same tokenizer')
+    return base_vocab_size if grows else model.config.vocab_size
 
 
-def resize_vocabulary(model, known, rows):
+def resize_vocabulary(model, keep, rows):
     """
-    From now on a vocabulary of so many rows, of which the `known` first ones are as before, and the others start as the mean of these
+    Resize embedding and head to `rows` rows. The first `keep` rows stay; the others start as the mean of these
     (Hewitt 2021: https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
-    for module in {model.transformer.wte, model.transformer.wte if model.config.reward else model.lm_head}:
+    modules = {model.transformer.wte}
+    if not model.config.reward:
+        modules.add(model.lm_head)
+    for module in modules:
         old = module.weight.detach()
-        new = old[:known].mean(dim=0).repeat(rows, 1)
-        new[:known] = old[:known]
+        new = old[:keep].mean(dim=0).repeat(rows, 1)
+        new[:keep] = old[:keep]
         module.weight = torch.nn.Parameter(new)
-    model.config.vocab_size = len(new)
+    model.config.vocab_size = rows
     if model.config.tied and not model.config.reward:
         model.transformer.wte.weight = model.lm_head.weight

@@ -14,7 +14,7 @@ import numpy as np
 from poems import five_characters, messages_of, well_formed
 
 from core.device import setup
-from core.inference.generation import generate_answers
+from core.inference.generation import continue_prompts
 from core.text.chat_template import answer_text, can_chat, end_of_turn, render
 from core.text.dataset import open_dataset
 from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer
@@ -47,7 +47,9 @@ def write(model, tokenizer, subjects):
     for i in range(0, len(prompts), batch_size):
         seeds = [[seed, j] for j in range(i, min(i + batch_size, len(prompts)))]
         with run.ctx():
-            *_, rows = generate_answers(model, tokenizer, prompts[i:i + batch_size], max_new_tokens, seeds, temperature=temperature)
+            *_, rows = continue_prompts(model, tokenizer, prompts[i:i + batch_size], max_new_tokens, seeds,
+                                        end_ids=[end_of_turn(tokenizer)], temperature=temperature)
+        rows = [row.ids for row in rows]
         poems += [(answer_text(tokenizer, row), row[-1] == end_of_turn(tokenizer)) for row in rows]
     return poems
 
