@@ -7,7 +7,14 @@ import time
 import torch
 
 from core.distributed import full_tensor
-from core.weights.checkpoint import EARLIER, checkpoint_path, copy_checkpoint, earlier_checkpoints, load_checkpoint, save_checkpoint
+from core.weights.checkpoint import (
+    EARLIER,
+    checkpoint_path,
+    copy_checkpoint,
+    earlier_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def save_weights(out_dir):
