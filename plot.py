@@ -26,13 +26,8 @@ y = 'val_loss'  # a column of log.csv: loss, train_loss, val_loss, lr, grad_norm
 log = ''  # axes with a logarithmic scale: 'x', 'y' or 'xy'
 out = 'curves.png'  # the picture; .pdf and .svg work too
 # ---------------------------------------------------------------------------------------------------------------------------------------
-_settings_given, _runs, _rest = [sys.argv[0]], [], sys.argv[1:]
-while _rest:  # what is no setting is a run
-    _argument = _rest.pop(0)
-    if _argument.startswith('-') and '=' not in _argument and _argument not in ('--help', '-h') and _rest:
-        _argument += f'={_rest.pop(0)}'
-    (_settings_given if _argument.startswith('-') else _runs).append(_argument)
-sys.argv = _settings_given
+OTHER_ARGUMENTS = 'positional'  # the runs
+other_arguments = []  # filled by the configurator
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 LABELS = {'iter': 'step', 'tokens': 'tokens', 'time': 'seconds of training, evaluations left out'}
@@ -141,16 +136,16 @@ def draw(panels):
         sys.exit(f'out={out}: cannot be written: {error}')
 
 
-if not _runs:
+if not other_arguments:
     sys.exit('plot.py: which run? python plot.py out-a out-b --x=time (python plot.py --help lists the settings)')
 if x not in LABELS or log not in ('', 'x', 'y', 'xy'):
     sys.exit(f'x={x}, log={log}: expected x to be {", ".join(LABELS)}, and log x, y or xy')
-runs = [read(run) for run in _runs]
+runs = [read(run) for run in other_arguments]
 names = [name for _, name in runs]
 panels, several = {}, ',' in y
 for column in filter(None, y.split(',')):
     panels[column] = [(*curve(columns, run, column), name if names.count(name) == 1 else run)
-                      for run, (columns, name) in zip(_runs, runs) if not several or columns.get(column)]
+                      for run, (columns, name) in zip(other_arguments, runs) if not several or columns.get(column)]
     if not panels[column]:
         sys.exit(f'y={y}: no run here has numbers of {column}')
 draw(panels)

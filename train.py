@@ -109,7 +109,6 @@ dtype = 'auto'  # bfloat16 if the hardware is fast at it, else float16 on CUDA, 
 compile = True  # use torch.compile: slower to start, then faster; falls back to eager with a warning
 # ---------------------------------------------------------------------------------------------------------------------
 EXTRA_SETTINGS = ('core.weights.lora',)  # modules whose settings are settings of this script too
-_settings = 'core.weights.lora'
 config, config_given = {}, {}  # filled by the next line: all settings; those given on the command line
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
