@@ -227,7 +227,7 @@ def test_dpo_loss_and_gradients(folder, monkeypatch):
     data, model = open_dataset(str(folder / 'pairs')), tiny()
     torch.manual_seed(1)
     base = GPT(model.config)
-    context = SimpleNamespace(model=base, logps={'train': dpo.reference_logps(base, data, 'train', {'batch_size': 3, 'block_size': 32}, with_ctx())})
+    context = SimpleNamespace(reference_model=base, logps={'train': dpo.reference_logps(base, data, 'train', {'batch_size': 3, 'block_size': 32}, with_ctx())})
     batch = dpo.load(data, 'train', np.arange(6), 32, context)
     dpo.loss(model, batch).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
@@ -248,7 +248,7 @@ def test_dpo_loss_and_gradients(folder, monkeypatch):
     total.backward()
     for p, gradient in zip(model.parameters(), gradients):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-4)
-    same = SimpleNamespace(model=model, logps={'train': dpo.reference_logps(model, data, 'train', {'batch_size': 4, 'block_size': 32}, with_ctx())})
+    same = SimpleNamespace(reference_model=model, logps={'train': dpo.reference_logps(model, data, 'train', {'batch_size': 4, 'block_size': 32}, with_ctx())})
     numbers = dpo.measure(model, dpo.load(data, 'train', np.arange(6), 32, same), data, same)
     assert (numbers[:, 0] / numbers[:, 1]).tolist() == pytest.approx([math.log(2), numbers[1, 0].item() / 6, 0, 0], abs=1e-4)
 
@@ -300,7 +300,7 @@ def test_rollouts(base, folder, monkeypatch):
         ids, targets = X[place], Y[place]
         assert ids[:len(prompt)].tolist() == prompt.tolist() and targets[len(prompt) - 1:-1].tolist() == ids[len(prompt):].tolist() and targets[-1] == -1
         with torch.no_grad():
-            for network, logps in ((model, old), (context.model, theirs)):
+            for network, logps in ((model, old), (context.reference_model, theirs)):
                 told = torch.log_softmax(network(ids[None])[0], dim=-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
                 torch.testing.assert_close(logps[place], torch.where(targets == -1, 0.0, told), atol=1e-5, rtol=1e-5)
         better[i] = advantage[place][0]
@@ -308,13 +308,13 @@ def test_rollouts(base, folder, monkeypatch):
     told = [Y[(document == i) & (Y != -1)].tolist() for i in range(20)]
     rewards = torch.tensor([float(len(answer_text(data.tokenizer, ids)) - 2 * (ids[-1] == end_of_turn(data.tokenizer))) for ids in told])
     torch.testing.assert_close(better, grpo.advantages(rewards.view(4, 5)).flatten(), atol=1e-5, rtol=1e-5)
-    assert len(context.kept) == 4
+    assert len(context.rollouts) == 4
     again = grpo.load(data, 'train', grpo.draw(data, 4, 32, 1, 1), 32, context)
-    assert all(torch.equal(one, two) for one, two in zip(batch, again)) and not context.kept
-    context.kept = {3: [1, []]}  # another process has used it up before this one was resumed
+    assert all(torch.equal(one, two) for one, two in zip(batch, again)) and not context.rollouts
+    context.rollouts = {3: [1, []]}  # another process has used it up before this one was resumed
     grpo.load(data, 'train', grpo.draw(data, 4, 32, 1, 2)[:2], 32, context)
     grpo.load(data, 'train', grpo.draw(data, 4, 32, 1, 2)[2:], 32, context)
-    assert sorted(context.kept) == [4, 5, 6, 7]
+    assert sorted(context.rollouts) == [4, 5, 6, 7]
 
 # ----------------------------------------------------------------------------- through train.py
 
