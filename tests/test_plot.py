@@ -145,4 +145,5 @@ def test_panels(tmp_path):
     assert {name: list(lines) for name, lines in panels.items()} == {
         'loss': ['a', 'b'], 'val kl': ['a'], 'val reward': ['b']}
     assert panels['val kl']['a'] == panels['loss']['a'] != panels['loss']['b'] == panels['val reward']['b']
-    assert 'no run here has numbers of val_nothing' in run_script('plot.py', 'a', '--y=loss,val_nothing', cwd=tmp_path).err
+    result = run_script('plot.py', 'a', '--y=loss,val_nothing', cwd=tmp_path)
+    assert 'no run here has numbers of val_nothing' in result.err
