@@ -93,3 +93,15 @@ def show_samples(model, data, prompts, max_new_tokens, step, out_dir, env):
             f.writelines(json.dumps(sample, ensure_ascii=False) + '\n' for sample in samples)
     except OSError as error:
         sys.exit(f'{path}: cannot be written: {error.strerror}')
+
+
+def read_samples(path, step):
+    """
+    Return the samples of earlier steps. A resumed run may repeat steps whose samples are in the file
+    already: those are dropped. At step 0 a new run begins, which replaces the file.
+    """
+    if not step or not os.path.exists(path):
+        return []
+    with open(path, encoding='utf-8') as f:
+        samples = [json.loads(line) for line in f]
+    return [sample for sample in samples if sample.get('step', step) < step]
