@@ -1,14 +1,23 @@
-# make demo: from nothing to a sample of a GPT trained here. Python 3.10+ and a package index are all it needs.
+# make demo       from nothing to a sample of a GPT trained here; needs Python 3.10+ and a package index
+# make check      lint and the tests of the core, in about a minute: while you edit
+# make test       lint and all fast tests
+# make test-slow  the tests that take minutes
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo check test test-slow lint clean
+
+CHECK = $(wildcard $(patsubst %,tests/test_%.py,structure model kernels dataset configure settings optimizer)) \
+	tests/test_train.py::test_golden_losses tests/test_train.py::test_golden_losses_of_qwen3_and_muon
 
 demo: $(VENV)/installed
 	$(RUN) data/shakespeare_char/prepare.py
 	$(RUN) train.py config/train_shakespeare_char_cpu.py
 	$(RUN) sample.py --out_dir=out-shakespeare-char-cpu --num_samples=1 --start="ROMEO:"
+
+check: $(VENV)/installed-dev lint
+	$(RUN) -m pytest -q -n 2 $(CHECK)
 
 test: $(VENV)/installed-dev lint
 	$(RUN) -m pytest -q -n 2 --durations=10
@@ -20,7 +29,8 @@ lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
 
 $(VENV)/installed: requirements.txt constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'StoneGPT needs Python 3.10 or newer, this is ' + sys.version.split()[0] + '; name another by make demo PYTHON=python3.12')"
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'StoneGPT needs Python 3.10 or newer, \
+	this is ' + sys.version.split()[0] + '; name another one: make demo PYTHON=python3.12')"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@

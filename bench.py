@@ -68,18 +68,8 @@ llamacpp = False  # for 'sample': beside llama.cpp's, of the same weights in Q8_
 text = ''  # a UTF-8 text for 'prepare'; some hundred MB, so that starting up does not count
 tokenizer = 'qwen2'  # for 'prepare': qwen2 (all of it) or gpt2
 # ---------------------------------------------------------------------------------------------------------------------------------------
-config, config_given = {}, {}  # filled by the configurator from the arguments that are meant for this script
-_own, _theirs, _rest = [sys.argv[0]], [], sys.argv[1:]
-while _rest:
-    _argument = _rest.pop(0)
-    _key, _equals, _ = _argument.removeprefix('--').partition('=')
-    if _argument.startswith('--') and not _equals and _key != 'help':  # --key value, or --key alone
-        _alone = isinstance(globals().get(_key), bool) and _rest[:1] not in (['True'], ['False'])
-        _value = 'True' if _alone else _rest.pop(0) if _rest else None
-        _argument += '' if _value is None else f'={_value}'
-    _mine = _argument in ('--help', '-h') or _argument.startswith('--') and isinstance(globals().get(_key), (bool, int, float, str))
-    (_own if _mine else _theirs).append(_argument)
-sys.argv = _own
+OTHER_ARGUMENTS = 'all'  # those of train.py
+config, config_given, other_arguments = {}, {}, []  # filled by the configurator
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 LAPTOP = ('config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 '
@@ -148,7 +138,7 @@ def nanogpt_arguments(result):
     """Our settings as they were used, so far as nanoGPT has them; what it has no setting for is said."""
     with open(os.path.join(nanogpt, 'train.py'), encoding='utf-8') as f:
         known = re.findall(r'^(\w+) *= ', f.read().partition('\nconfig_keys')[0], re.MULTILINE)
-    unknown = [argument for argument in _theirs if argument.startswith('--') and argument[2:].partition('=')[0] not in known]
+    unknown = [argument for argument in other_arguments if argument.startswith('--') and argument[2:].partition('=')[0] not in known]
     if unknown:
         print(f'nanoGPT goes without {" ".join(unknown)}, which it does not know')
     if result['device'] == 'cpu' and result['dtype'] != 'float32':
@@ -160,8 +150,8 @@ def nanogpt_arguments(result):
 
 def compare_steps(out):
     quiet = ['--eval_only=False', '--eval_iters=1', '--eval_interval=1000000000', '--log_interval=1', '--wandb_log=False', f'--out_dir={os.path.join(out, "run")}']
-    ours = [*_theirs, *quiet, '--tensorboard_log=False', '--save_minutes=0', '--background_save=False']
-    if not any(argument.startswith('--gradient_accumulation_steps=') for argument in _theirs):
+    ours = [*other_arguments, *quiet, '--tensorboard_log=False', '--save_minutes=0', '--background_save=False']
+    if not any(argument.startswith('--gradient_accumulation_steps=') for argument in other_arguments):
         ours.append('--gradient_accumulation_steps=1')
     first = watch(ROOT, ours, out)
     if not first or nanogpt and not readable(first):
@@ -297,9 +287,9 @@ def compare_sampling():
 sys.excepthook = explain
 what = 'sample' if sample else what
 nanogpt = nanogpt and os.path.abspath(find(nanogpt))
-what = what or ('laptop' if nanogpt and not _theirs else 'steps')
-if _theirs and what != 'steps':
-    sys.exit(f'bench.py: what={what} takes no {_theirs[0]} (python bench.py --help lists its settings)')
+what = what or ('laptop' if nanogpt and not other_arguments else 'steps')
+if other_arguments and what != 'steps':
+    sys.exit(f'bench.py: what={what} takes no {other_arguments[0]} (python bench.py --help lists its settings)')
 if min(steps, runs, prompt_tokens, new_tokens) < 1:
     sys.exit(f'steps={steps}, runs={runs}, prompt_tokens={prompt_tokens}, new_tokens={new_tokens}: expected at least 1')
 if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', samples) or set(dtypes.split(',')) - {'float32', 'bfloat16', 'float16', 'int8'}:
@@ -368,8 +358,8 @@ elif what == 'save':
         beside.reserve(checkpoint)
         beside.wait()
         for _ in range(runs):
-            blocking.append(duration(lambda: alone(checkpoint)))
-            waited.append(duration(lambda: beside(checkpoint)))
+            blocking.append(duration(lambda: alone.save(checkpoint)))
+            waited.append(duration(lambda: beside.save(checkpoint)))
             times = []
             while beside.thread.is_alive():
                 times.append(duration(step))

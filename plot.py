@@ -1,15 +1,16 @@
 """
-The curves of one run or several, from their log.csv, as a picture.
+Plot the curves of one or more runs, from their log.csv, to a picture.
 
     python plot.py out-a out-b                                      # validation loss over steps, to curves.png
     python plot.py out-a out-b --x=time --y=loss --log=y --out=loss.png
-    python plot.py out-a nanogpt.txt --x=time                       # and what nanoGPT's train.py has printed, saved to a file
-    python plot.py out-dpo out-grpo --y=val_loss,val_reward,val_kl  # a picture of several, each with the runs that have it
+    python plot.py out-a nanogpt.txt --x=time                       # also the saved output of nanoGPT's train.py
+    python plot.py out-dpo out-grpo --y=val_loss,val_reward,val_kl  # a panel per column, with the runs that have it
 
-A run is its folder, its log.csv, or a file with the printed lines of nanoGPT's train.py or ours. It needs matplotlib.
+A run is its folder, its log.csv, or a file with the printed lines of nanoGPT's train.py or of this one. Needs matplotlib.
 """
 import csv
 import difflib
+import math
 import os
 import re
 import statistics
@@ -20,119 +21,147 @@ import numpy as np
 
 from core.files import find
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-x = 'iter'  # 'iter'; 'tokens' that were trained on; 'time': the seconds that the steps took, without evaluations
-y = 'val_loss'  # a column of log.csv: loss, train_loss, val_loss, lr, grad_norm, ms, ...; several, each in a panel of its own, are separated by commas
+# -----------------------------------------------------------------------------
+x = 'iter'  # 'iter'; 'tokens' (trained on so far); 'time' (seconds of the steps so far, without evaluations)
+y = 'val_loss'  # columns of log.csv, separated by commas, a panel each: loss, train_loss, val_loss, lr, grad_norm, ms
 log = ''  # axes with a logarithmic scale: 'x', 'y' or 'xy'
 out = 'curves.png'  # the picture; .pdf and .svg work too
-# ---------------------------------------------------------------------------------------------------------------------------------------
-_settings_given, _runs, _rest = [sys.argv[0]], [], sys.argv[1:]
-while _rest:  # what is no setting is a run
-    _argument = _rest.pop(0)
-    if _argument.startswith('-') and '=' not in _argument and _argument not in ('--help', '-h') and _rest:
-        _argument += f'={_rest.pop(0)}'
-    (_settings_given if _argument.startswith('-') else _runs).append(_argument)
-sys.argv = _settings_given
+# -----------------------------------------------------------------------------
+OTHER_ARGUMENTS = 'positional'  # the runs; the configurator puts them into other_arguments
+other_arguments = []
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 LABELS = {'iter': 'step', 'tokens': 'tokens', 'time': 'seconds of training, evaluations left out'}
-CJK = ('Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'Source Han Sans CN', 'WenQuanYi Micro Hei', 'WenQuanYi Zen Hei', 'PingFang SC',
-       'Hiragino Sans GB', 'Microsoft YaHei', 'SimHei', 'Arial Unicode MS')
+CJK = ('Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'Source Han Sans CN', 'WenQuanYi Micro Hei',
+       'WenQuanYi Zen Hei', 'PingFang SC', 'Hiragino Sans GB', 'Microsoft YaHei', 'SimHei', 'Arial Unicode MS')
 
-
-def read_csv(path, lines):
-    """{column: [(step, number)]} of a log.csv."""
-    reader, columns = csv.DictReader(lines), {}
-    try:
-        for row in reader:
-            for name, value in row.items():
-                if value and name != 'iter':
-                    columns.setdefault(name, []).append((int(row['iter']), float(value)))
-                columns.setdefault(name, [])
-    except (ValueError, TypeError, csv.Error):  # text, a row that is too long, a zero byte
-        sys.exit(f'{path}: line {reader.line_num} is damaged: expected the numbers of {", ".join(reader.fieldnames)}')
-    return columns
-
-
-def read_printed(lines):
-    """The same from lines that train.py has printed, and at 'tokens_per_iter' the tokens of a step."""
-    columns, evaluated = {}, set()
-    for line in lines:
-        tokens = re.search(r'tokens per iteration will be: ([\d,]+)|([\d,]+) tokens per iteration', line)
-        step = re.match(r'(step|iter) (\d+): (.*)', line)
-        if tokens:
-            columns['tokens_per_iter'] = [(0, float((tokens[1] or tokens[2]).replace(',', '')))]
-        for name, value in re.findall(r'([a-z ]+?) (-?[\d.]+(?:e-?\d+)?|nan|inf)(?:ms|%)?(?:,|$)', step[3]) if step else ():
-            columns.setdefault({'time': 'ms'}.get(name.strip(), name.strip().replace(' ', '_')), []).append((int(step[2]), float(value)))
-        if step and step[1] == 'step':
-            evaluated.add(int(step[2]))
-    if 'ms' in columns:  # nanoGPT counts an evaluation to the step after it
-        usual = statistics.median([ms for step, ms in columns['ms'] if step not in evaluated] or [0])
-        columns['ms'] = [(step, min(ms, usual) if step in evaluated else ms) for step, ms in columns['ms']]
-    return columns
+# ----------------------------------------------------------------------------- reading
 
 
 def read(run):
-    """(columns, name for the legend) of a run."""
+    """Return (columns, name for the legend) of a run; columns are {name: [(step, number), ...]}."""
     path = find(run)
-    path = os.path.join(path, 'log.csv') if os.path.isdir(path) else path
+    if os.path.isdir(path):
+        path = os.path.join(path, 'log.csv')
     try:
         with open(path, encoding='utf-8', errors='replace', newline='') as f:
             lines = f.read().splitlines()
     except OSError as error:
-        sys.exit(f'{path}: cannot be read: {error.strerror}; expected the folder of a run, its log.csv, or the printed lines of a training')
-    columns = read_csv(path, lines) if lines and lines[0].split(',')[0] == 'iter' else read_printed(lines)
+        sys.exit(f'{path}: cannot be read: {error.strerror}; '
+                 'expected the folder of a run, its log.csv, or the printed lines of a training')
+    if lines and lines[0].split(',')[0] == 'iter':
+        columns = read_csv(path, lines)
+    else:
+        columns = read_printed(lines)
     if not any(columns.values()):
         sys.exit(f'{path}: neither a log.csv with a step in it nor the printed lines of a training')
     folder, file = os.path.split(os.path.abspath(path))
-    return columns, os.path.basename(folder) if file == 'log.csv' else os.path.splitext(file)[0]
+    name = os.path.basename(folder) if file == 'log.csv' else os.path.splitext(file)[0]
+    return columns, name
 
 
-def needed(columns, name, run, why):
+def read_csv(path, lines):
+    """Return the columns of a log.csv."""
+    reader = csv.DictReader(lines)
+    columns = {}
+    try:
+        for row in reader:
+            for name, value in row.items():
+                column = columns.setdefault(name, [])
+                if value and name != 'iter':
+                    column.append((int(row['iter']), float(value)))
+    except (ValueError, TypeError, csv.Error):  # text, a row that is too long, a zero byte
+        expected = ', '.join(reader.fieldnames)
+        sys.exit(f'{path}: line {reader.line_num} is damaged: expected the numbers of {expected}')
+    return columns
+
+
+def read_printed(lines):
+    """Return the columns in the printed lines of train.py, and 'tokens_per_iter' with the tokens of a step."""
+    columns = {}
+    evaluated = set()  # steps
+    for line in lines:
+        tokens = re.search(r'tokens per iteration will be: ([\d,]+)|([\d,]+) tokens per iteration', line)
+        if tokens:
+            columns['tokens_per_iter'] = [(0, float((tokens[1] or tokens[2]).replace(',', '')))]
+        match = re.match(r'(step|iter) (\d+): (.*)', line)
+        if not match:
+            continue
+        kind, step, numbers = match[1], int(match[2]), match[3]
+        for name, value in re.findall(r'([a-z ]+?) (-?[\d.]+(?:e-?\d+)?|nan|inf)(?:ms|%)?(?:,|$)', numbers):
+            name = name.strip().replace(' ', '_')
+            if name == 'time':
+                name = 'ms'
+            columns.setdefault(name, []).append((step, float(value)))
+        if kind == 'step':
+            evaluated.add(step)
+    if 'ms' in columns:  # nanoGPT's time of a step includes the evaluation before it
+        median = statistics.median([ms for step, ms in columns['ms'] if step not in evaluated] or [0])
+        columns['ms'] = [(step, min(ms, median) if step in evaluated else ms) for step, ms in columns['ms']]
+    return columns
+
+# ----------------------------------------------------------------------------- curves
+
+
+def numbers_of(columns, name, run, why):
+    """Return steps and numbers of a column, (2, n). Exits if the run has none."""
     if not columns.get(name):
-        near = ''.join(f' (did you mean {near}?)' for near in difflib.get_close_matches(name, columns, 1) if near != name)
-        sys.exit(f'{why}: {run} has no numbers of {name}{near}; it has {", ".join(key for key in columns if columns[key] and key != "tokens_per_iter")}')
-    return np.array(columns[name]).T  # (2, n): steps, numbers
+        near = [close for close in difflib.get_close_matches(name, columns, 1) if close != name]
+        hint = f' (did you mean {near[0]}?)' if near else ''
+        available = ', '.join(key for key in columns if columns[key] and key != 'tokens_per_iter')
+        sys.exit(f'{why}: {run} has no numbers of {name}{hint}; it has {available}')
+    return np.array(columns[name]).T
 
 
 def curve(columns, run, y):
-    """What is drawn of a run's column y: (xs, ys)."""
-    steps, ys = needed(columns, y, run, f'y={y}')
-    if x == 'tokens' and 'tokens_per_iter' in columns:
-        steps = steps * columns['tokens_per_iter'][0][1]
-    elif x == 'tokens':
-        (_, ms), (_, rate) = (needed(columns, name, run, 'x=tokens') for name in ('ms', 'tokens_per_s'))
-        n = min(len(ms), len(rate))
-        steps = steps * round(np.median(ms[:n] * rate[:n] / 1000))
-    elif x == 'time':  # ms is the mean of the steps since the row before; a step ends that long after the one before
-        at, ms = needed(columns, 'ms', run, 'x=time')
-        seconds = np.cumsum(ms * np.diff(at, prepend=at[0] - 1)) / 1000
-        steps = np.interp(steps, [at[0], *(at + 1)], [0, *seconds])
+    """Return (xs, ys) of a run's column y."""
+    steps, ys = numbers_of(columns, y, run, f'y={y}')
+    if x == 'tokens':
+        return steps * tokens_per_step(columns, run), ys
+    if x == 'time':
+        return seconds_at(steps, columns, run), ys
     return steps, ys
 
 
+def tokens_per_step(columns, run):
+    if 'tokens_per_iter' in columns:
+        return columns['tokens_per_iter'][0][1]
+    _, ms = numbers_of(columns, 'ms', run, 'x=tokens')
+    _, rate = numbers_of(columns, 'tokens_per_s', run, 'x=tokens')
+    n = min(len(ms), len(rate))
+    return round(np.median(ms[:n] * rate[:n] / 1000))
+
+
+def seconds_at(steps, columns, run):
+    """Return the seconds of training before each of these steps. A logged ms is the mean since the row before."""
+    logged, ms = numbers_of(columns, 'ms', run, 'x=time')
+    steps_since = np.diff(logged, prepend=logged[0] - 1)
+    seconds = np.cumsum(ms * steps_since) / 1000  # when the logged step has ended
+    return np.interp(steps, [logged[0], *(logged + 1)], [0, *seconds])
+
+# ----------------------------------------------------------------------------- the picture
+
+
 def draw(panels):
-    """panels: {column: [(xs, ys, name), ...]}."""
+    """Draw and save the picture. panels: {column: [(xs, ys, name), ...]}."""
     try:
         from matplotlib import font_manager, rcParams
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter
     except ImportError:
         sys.exit('plot.py needs matplotlib: pip install matplotlib')
-    warnings.filterwarnings('ignore', 'Glyph')  # no font here has it
+    warnings.filterwarnings('ignore', 'Glyph')  # no installed font has it
     installed = {font.name for font in font_manager.fontManager.ttflist}
     rcParams['font.family'] = ['DejaVu Sans', *(name for name in CJK if name in installed)]
-    figure = Figure(figsize=(8 if len(panels) == 1 else 4.5 * min(3, len(panels)), 5 if len(panels) == 1 else 3.2 * -(-len(panels) // 3)), layout='constrained')
-    colours = {name: f'C{i}' for i, name in enumerate(dict.fromkeys(name for curves in panels.values() for *_, name in curves))}
-    for axes, (y, curves) in zip(figure.subplots(-(-len(panels) // 3), min(3, len(panels)), squeeze=False).flat, panels.items()):
-        lines = [axes.plot(xs, ys, linewidth=1.5, color=colours[name], marker='o' if len(xs) <= 40 else '', markersize=3)[0] for xs, ys, name in curves]
-        axes.set(xlabel=LABELS[x], ylabel=y.replace('_', ' '), xscale='log' if 'x' in log else 'linear', yscale='log' if 'y' in log else 'linear')
-        if 'y' in log:
-            axes.yaxis.set_major_formatter(LogFormatter())  # 3, not 3 * 10^0
-            axes.yaxis.set_minor_formatter(LogFormatter())
-        axes.grid(alpha=0.3, which='both')
-        axes.spines[['top', 'right']].set_visible(False)
-        axes.legend(lines, [name.replace('$', r'\$') for *_, name in curves], frameon=False)
+
+    n_columns = min(3, len(panels))
+    n_rows = math.ceil(len(panels) / 3)
+    size = (8, 5) if len(panels) == 1 else (4.5 * n_columns, 3.2 * n_rows)
+    figure = Figure(figsize=size, layout='constrained')
+    names = dict.fromkeys(name for curves in panels.values() for _, _, name in curves)  # each once, in order
+    colours = {name: f'C{i}' for i, name in enumerate(names)}
+    grid = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    for axes, (column, curves) in zip(grid, panels.items()):
+        draw_panel(axes, column, curves, colours)
     for axes in figure.axes[len(panels):]:
         axes.remove()
     try:
@@ -141,18 +170,42 @@ def draw(panels):
         sys.exit(f'out={out}: cannot be written: {error}')
 
 
-if not _runs:
+def draw_panel(axes, column, curves, colours):
+    from matplotlib.ticker import LogFormatter
+    lines = []
+    for xs, ys, name in curves:
+        marker = 'o' if len(xs) <= 40 else ''
+        lines += axes.plot(xs, ys, linewidth=1.5, color=colours[name], marker=marker, markersize=3)
+    axes.set(xlabel=LABELS[x], ylabel=column.replace('_', ' '))
+    axes.set(xscale='log' if 'x' in log else 'linear', yscale='log' if 'y' in log else 'linear')
+    if 'y' in log:
+        axes.yaxis.set_major_formatter(LogFormatter())  # 3, not 3 * 10^0
+        axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.grid(alpha=0.3, which='both')
+    axes.spines[['top', 'right']].set_visible(False)
+    labels = [name.replace('$', r'\$') for _, _, name in curves]  # $ would begin a formula
+    axes.legend(lines, labels, frameon=False)
+
+
+if not other_arguments:
     sys.exit('plot.py: which run? python plot.py out-a out-b --x=time (python plot.py --help lists the settings)')
 if x not in LABELS or log not in ('', 'x', 'y', 'xy'):
     sys.exit(f'x={x}, log={log}: expected x to be {", ".join(LABELS)}, and log x, y or xy')
-runs = [read(run) for run in _runs]
-names = [name for _, name in runs]
-panels, several = {}, ',' in y
+
+runs = [(run, *read(run)) for run in other_arguments]  # (argument, columns, name)
+names = [name for _, _, name in runs]
+panels = {}
 for column in filter(None, y.split(',')):
-    panels[column] = [(*curve(columns, run, column), name if names.count(name) == 1 else run)
-                      for run, (columns, name) in zip(_runs, runs) if not several or columns.get(column)]
+    panels[column] = []
+    for run, columns, name in runs:
+        if ',' in y and not columns.get(column):
+            continue  # of several columns a run need not have all
+        label = name if names.count(name) == 1 else run
+        panels[column].append((*curve(columns, run, column), label))
     if not panels[column]:
         sys.exit(f'y={y}: no run here has numbers of {column}')
 draw(panels)
 for column, curves in panels.items():
-    print(f'{out}: {column.replace("_", " ")} of {len(curves)} run{"s" * (len(curves) > 1)}: ' + ', '.join(f'{name} {ys[-1]:.4g}' for _, ys, name in curves) + ' at the end')
+    plural = '' if len(curves) == 1 else 's'
+    last = ', '.join(f'{name} {ys[-1]:.4g}' for _, ys, name in curves)
+    print(f'{out}: {column.replace("_", " ")} of {len(curves)} run{plural}: {last} at the end')

@@ -69,7 +69,7 @@ if job['bare']:  # the same loop without looking after it: nothing saved, no jum
     import core.device
     import core.training.log
     import core.training.saver
-    core.training.saver.Saver.__call__ = core.training.saver.Saver.reserve = lambda *args, **kwargs: None
+    core.training.saver.Saver.save = core.training.saver.Saver.reserve = lambda *args, **kwargs: None
     core.training.log.spike_detector = lambda: lambda loss: None
     core.device.catch_signals = lambda nothing_to_save: SimpleNamespace(signal=None)
 space = {'__name__': '__main__', '__file__': script, 'print': watched}
@@ -80,10 +80,11 @@ except SystemExit as end:
     if end.code:
         raise
 result = {'times': times[job['skip']:], 'memory': peak_memory(), 'parameters': sum(p.numel() for p in space['model'].parameters()), 'tokens': space['tokens_per_iter']}
-if 'run' in space:  # ours
+env = space.get('env', space.get('run'))  # nanoGPT's train.py has neither
+if env:
     data = space['data']
     known = math.nan if getattr(space['model'], 'lora', None) else 1  # where not all is trained, other operations are spent
-    result.update(flops=known * space['model'].flops_per_token() * space['tokens_per_iter'], device=space['run'].device, dtype=space['run'].dtype,
+    result.update(flops=known * space['model'].flops_per_token() * space['tokens_per_iter'], device=env.device, dtype=env.dtype,
                   config=space['config'], folder=os.path.abspath(data.folder), vocab_size=data.vocab_size)
 if profiler and len(times) > job['skip']:
     profiler.stop()

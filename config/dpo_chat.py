@@ -1,4 +1,4 @@
-# Direct preference optimisation on preferences of your own (data/chat/prepare.py).
+# Direct preference optimisation on your own preferences (data/chat/readme.md).
 
 init_from = 'out-chat'
 out_dir = 'out-chat-dpo'

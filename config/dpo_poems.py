@@ -1,4 +1,4 @@
-# Tang poems, the last stage, direct preference optimisation: towards verses of five characters, without a reward model.
+# Tang poems, last stage: direct preference optimisation towards verses of five characters, without a reward model.
 
 init_from = 'out-poems-sft/best.pt'
 out_dir = 'out-poems-dpo'
@@ -11,7 +11,7 @@ sample_prompts = '春夜喜雨'
 objective = 'dpo'
 reference = 'out-poems-sft/best.pt'
 beta = 0.3
-label_smoothing = 0.1  # all pairs differ in the same clear way: without it the margin grows without bound, and the verse falls apart (docs/LOG.md)
+label_smoothing = 0.1  # all pairs differ in one way: at 0 the margin grows and the verse falls apart (docs/LOG.md)
 dataset = 'tang_poems/pairs'
 gradient_accumulation_steps = 1
 batch_size = 32  # pairs
@@ -19,8 +19,8 @@ block_size = 256
 
 learning_rate = 5e-5
 min_lr = 0.0
-max_iters = 150  # all pairs, once
+max_iters = 150  # about one epoch of the pairs
 lr_decay_iters = -1
 warmup_iters = 15
-weight_decay = 0.0  # the reference is what to stay close to, not 0
-compile = False  # pairs of many lengths would be compiled again and again
+weight_decay = 0.0  # the model should stay close to the reference, not to 0
+compile = False  # pairs differ in length, and each new length compiles again

@@ -2,5 +2,5 @@
 init_from = 'gpt2-large'
 eval_only = True
 batch_size = 8
-eval_iters = 500  # many, for a good estimate
+eval_iters = 500  # many windows, for a precise estimate
 wandb_log = False

@@ -1,4 +1,4 @@
-# Reinforcement learning by a reward model (config/reward_chat.py), or by a function of your own: --reward=rewards.py:name
+# Reinforcement learning with a reward model (config/reward_chat.py) or a function of your own: --reward=rewards.py:name
 
 init_from = 'out-chat'
 out_dir = 'out-chat-grpo'

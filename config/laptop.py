@@ -1,24 +1,24 @@
-# Laid over another config, a network and a run for a laptop: about ten minutes on two CPU cores.
+# Overlay for another config: a network and a run for a laptop, about ten minutes on two CPU cores.
 # python train.py config/train_hongloumeng_bbpe.py config/laptop.py
 
 eval_interval = 1000
 eval_iters = 40
 log_interval = 50
 
-batch_size = 8  # small, for many steps in the time
+batch_size = 8  # small, so that ten minutes are enough for many steps
 gradient_accumulation_steps = 1
 block_size = 128  # tokens, a few sentences
 
 n_layer = 4
 n_head = 4
 n_embd = 256
-dropout = 0.0  # it slows learning down, and ten minutes are too short to overfit much
+dropout = 0.0  # it slows learning, and ten minutes are too short to overfit much
 
 learning_rate = 1e-3
 max_iters = 4000
 lr_decay_iters = 4000  # equal to max_iters
 min_lr = 1e-4
-warmup_iters = 300  # with fewer it stays for long where it knows nothing but how frequent each token is
+warmup_iters = 300  # with fewer, the loss stays long at the level of token frequencies
 beta2 = 0.95  # learns faster here than 0.99
 
-compile = False  # starts at once, and needs no C++ compiler
+compile = False  # training starts at once, and no C++ compiler is needed

@@ -1,4 +1,5 @@
-# Tang poems, instruction tuning by LoRA: a poem for a title, with 6 % of the numbers trained. Start from the pretrained model: --init_from=out-poems/best.pt
+# Tang poems, instruction tuning by LoRA: write a poem for a title. Trains 6 % of the parameters.
+# Starts from the pretrained model, --init_from=out-poems/best.pt.
 
 init_from = 'out-poems/best.pt'
 out_dir = 'out-poems-lora'
@@ -20,7 +21,7 @@ lora_alpha = 32.0
 
 learning_rate = 5e-3
 min_lr = 0.0
-max_iters = 600  # as for config/sft_poems.py, which trains all of it
+max_iters = 600  # as in config/sft_poems.py, which trains all parameters
 lr_decay_iters = -1  # equal to max_iters
 warmup_iters = 30
 weight_decay = 0.0

@@ -1,4 +1,4 @@
-# A reward model from preferences: pairs as chat.py --rate writes them, or any of the usual forms (data/chat/prepare.py).
+# A reward model from your own preferences, written by chat.py --rate or in another form (data/chat/readme.md).
 
 init_from = 'out-chat'
 out_dir = 'out-chat-reward'
@@ -18,4 +18,4 @@ min_lr = 0.0
 max_iters = 150
 lr_decay_iters = -1
 warmup_iters = 10
-compile = False  # pairs of many lengths would be compiled again and again
+compile = False  # pairs differ in length, and each new length compiles again

@@ -1,9 +1,9 @@
-# Tang poems: a reward model, which ranks a poem in verses of five characters above others.
+# Tang poems: a reward model that ranks poems in verses of five characters above others.
 
 init_from = 'out-poems-sft/best.pt'
 out_dir = 'out-poems-reward'
 eval_interval = 50
-eval_iters = -1  # all pairs for validation, and as many others
+eval_iters = -1  # all validation pairs, and as many training pairs
 log_interval = 10
 always_save_checkpoint = False
 
@@ -15,8 +15,8 @@ block_size = 256
 
 learning_rate = 3e-4
 min_lr = 0.0
-max_iters = 100  # a third of the pairs, once
+max_iters = 100  # a third of an epoch
 lr_decay_iters = -1
 warmup_iters = 10
 weight_decay = 0.1
-compile = False  # pairs of many lengths would be compiled again and again
+compile = False  # pairs differ in length, and each new length compiles again

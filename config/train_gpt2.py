@@ -1,4 +1,4 @@
-# GPT-2 (124M) down to a loss of about 2.85 on one machine with 8 A100 40GB, in about 5 days by nanoGPT's account:
+# GPT-2 (124M), to a loss of about 2.85 on one machine with 8 A100 40GB in about 5 days, as nanoGPT reports:
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 wandb_log = True

@@ -1,4 +1,4 @@
-# 红楼梦 in the tokens of a BBPE trained on it, on one GPU. On a CPU lay config/laptop.py over it.
+# 红楼梦 with a BBPE tokenizer trained on it, on one GPU. On a CPU add config/laptop.py.
 
 out_dir = 'out-hongloumeng-bbpe'
 dataset = 'hongloumeng_bbpe'
@@ -19,7 +19,7 @@ n_head = 6
 n_embd = 384
 dropout = 0.2  # half a million tokens are few for 14 million parameters
 
-learning_rate = 1e-3  # small networks bear a high one
+learning_rate = 1e-3  # small networks train well at a high rate
 max_iters = 1000
 lr_decay_iters = 1000  # equal to max_iters
 min_lr = 1e-4  # learning_rate / 10

@@ -1,4 +1,5 @@
-# 红楼梦 by character, on one GPU. On a CPU lay config/laptop.py over it: python train.py config/train_hongloumeng_char.py config/laptop.py
+# 红楼梦 by character, on one GPU. On a CPU add config/laptop.py:
+# python train.py config/train_hongloumeng_char.py config/laptop.py
 
 out_dir = 'out-hongloumeng-char'
 dataset = 'hongloumeng_char'
@@ -20,8 +21,8 @@ n_head = 6
 n_embd = 384
 dropout = 0.2  # 788 thousand characters are few for 12 million parameters
 
-learning_rate = 1e-3  # small networks bear a high one
-max_iters = 2000  # 42 times through the novel
+learning_rate = 1e-3  # small networks train well at a high rate
+max_iters = 2000  # 42 epochs
 lr_decay_iters = 2000  # equal to max_iters
 min_lr = 1e-4  # learning_rate / 10
 warmup_iters = 100

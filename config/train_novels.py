@@ -1,4 +1,4 @@
-# Dozens of your own novels in the tokens of a BBPE trained on them, on one GPU. On a CPU lay config/laptop.py over it.
+# Dozens of your own novels with a BBPE tokenizer trained on them, on one GPU. On a CPU add config/laptop.py.
 
 out_dir = 'out-novels'
 dataset = 'novels'
@@ -18,7 +18,7 @@ block_size = 512  # tokens, about 800 characters
 n_layer = 12
 n_head = 12
 n_embd = 768  # GPT-2's network: 98 million parameters with 16,384 tokens
-dropout = 0.1  # for less than 100 million tokens
+dropout = 0.1  # the text has less than 100 million tokens
 
 learning_rate = 6e-4  # GPT-2's
 max_iters = 10000  # 655 million tokens

@@ -16,11 +16,11 @@ gradient_accumulation_steps = 32
 block_size = 1024
 
 n_layer = 12
-n_head = 8  # 128 wide each
+n_head = 8  # heads of 128 channels
 n_embd = 1024  # 185 million parameters with 32,768 tokens
-dropout = 0.0  # the text is seen only a few times
+dropout = 0.0  # only a few epochs
 
-learning_rate = 4e-4  # between GPT-2's 124M and 350M
+learning_rate = 4e-4  # between the rates of GPT-2 124M and 350M
 max_iters = 15000  # 3.9 billion tokens, about 20 for each parameter (Hoffmann et al. 2022)
 lr_decay_iters = 15000  # equal to max_iters
 min_lr = 4e-5  # learning_rate / 10

@@ -1,6 +1,11 @@
 """
-Direct preference optimisation (Rafailov et al. 2023: https://arxiv.org/abs/2305.18290): the log-probability of the chosen answer rises against that of the
-rejected one, each measured from a reference model, by the logistic loss; no reward model, no sampling. An answer's log-probability is the sum over its tokens.
+Direct preference optimisation (Rafailov et al. 2023: https://arxiv.org/abs/2305.18290), without a
+reward model and without sampling. The logistic loss raises the log-probability of the chosen answer
+against that of the rejected one, both relative to a reference model. An answer's log-probability is the
+sum over its tokens.
+
+A batch is (X, Y, document, reference_logps): the first three as in objectives/reward.py, and the
+log-probabilities of the answers by the reference model (pairs, 2), chosen and rejected.
 """
 import sys
 from types import SimpleNamespace
@@ -13,81 +18,108 @@ from tqdm import tqdm
 from core.distributed import all_reduce
 from core.weights.checkpoint import load_reference, refuse_reward_model
 from objectives import reward
-from objectives.reward import divisor, draw, fixed  # noqa: F401  # the loop takes them from here
+from objectives.reward import divisor, draw, fixed  # noqa: F401  # part of this objective
 
-beta = 0.1  # how dear the distance from the reference is: higher stays closer
-label_smoothing = 0.0  # the share of pairs that are taken to be the wrong way round (Mitchell 2023: https://ericmitchell.ai/cdpo.pdf)
-reference = ''  # the model to measure from, a checkpoint or a run's folder; '': that of --init_from
+beta = 0.1  # how strongly the model is held to the reference: higher stays closer
+label_smoothing = 0.0  # share of pairs assumed to be labelled the wrong way round (https://ericmitchell.ai/cdpo.pdf)
+reference = ''  # the reference model, a checkpoint or the folder of a run; '': the model of --init_from
 
 MEASURES = ('loss', 'accuracy', 'margin', 'kl')
 
 
-def start(model, data, run, config, saved):
-    """The reference model and its log-probabilities of all answers {split: (pairs, 2)}: they never change, so they are computed once and kept with the checkpoints."""
+def start(model, data, env, config, saved):
+    """
+    Load the reference model and compute its log-probabilities of all answers, {split: (pairs, 2)}. They
+    never change, so they are computed once and saved in the checkpoints.
+    """
     refuse_reward_model(model, config['init_from'])
     reward.check_pairs(data, config)
     if beta <= 0 or not 0 <= label_smoothing < 0.5:
-        sys.exit(f'beta={beta}, label_smoothing={label_smoothing}: expected beta above 0 and label_smoothing at least 0 and less than 0.5')
+        sys.exit(f'beta={beta}, label_smoothing={label_smoothing}: '
+                 'expected beta above 0 and label_smoothing at least 0 and less than 0.5')
     path = reference or saved.get('reference') or config['init_from']
-    context = SimpleNamespace(path=path, model=load_reference(path, data, run, model), logps=saved.get('logps') if path == saved.get('reference') else None)
-    refuse_reward_model(context.model, path)
-    if not context.logps:
-        context.logps = {split: reference_logps(context.model, data, split, config, run) for split in data.splits}
-    return context
-
-
-@torch.no_grad()
-def reference_logps(model, data, split, config, run):
-    pairs = np.arange(len(data.starts[split]) // 2)
-    logps = torch.zeros(len(pairs), 2)
-    at_once = config['batch_size']
-    print(f'the log-probabilities of {2 * len(pairs):,} answers ({split}) by the reference model ...', flush=True)
-    for i in tqdm(range(run.rank * at_once, len(pairs), run.world_size * at_once), desc=f'reference, {split}', leave=False, disable=None):
-        with run.ctx():
-            batch = [x.to(run.device) for x in reward.load(data, split, pairs[i:i + at_once], config['block_size'])]
-            logps[i:i + at_once] = answer_logps(model, *batch).cpu()
-    return all_reduce(logps, run).float()
+    reference_model = load_reference(path, data, env, model)
+    refuse_reward_model(reference_model, path)
+    logps = saved.get('logps') if path == saved.get('reference') else None
+    if not logps:
+        logps = {split: reference_logps(reference_model, data, split, config, env) for split in data.splits}
+    return SimpleNamespace(reference_path=path, reference_model=reference_model, logps=logps)
 
 
 def state(context):
-    return {'reference': context.path, 'logps': context.logps}
+    return {'reference': context.reference_path, 'logps': context.logps}
+
+
+@torch.no_grad()
+def reference_logps(model, data, split, config, env):
+    """Return the log-probabilities (pairs, 2) of all answers of a split; the ranks share the work."""
+    batch_size = config['batch_size']
+    pairs = np.arange(len(data.starts[split]) // 2)
+    logps = torch.zeros(len(pairs), 2)
+    print(f'the log-probabilities of {2 * len(pairs):,} answers ({split}) by the reference model ...', flush=True)
+    begins = range(env.rank * batch_size, len(pairs), env.world_size * batch_size)
+    for i in tqdm(begins, desc=f'reference, {split}', leave=False, disable=None):
+        batch = reward.load(data, split, pairs[i:i + batch_size], config['block_size'])
+        with env.ctx():
+            logps[i:i + batch_size] = answer_logps(model, *(x.to(env.device) for x in batch)).cpu()
+    return all_reduce(logps, env).float()
 
 
 def answer_logps(model, X, Y, document):
-    """The log-probabilities (pairs, 2) of answers: tokens, targets and which answer each is of (rows, T)."""
-    sums = torch.zeros(int(document.max()) + 1, device=X.device).index_add(0, document.flatten(), -model(X, Y, document).flatten())
-    return sums[:2 * int(reward.divisor((X, Y, document)))].view(-1, 2)
+    """Return the log-probabilities (pairs, 2) of the packed answers of a batch."""
+    token_logps = -model(X, Y, document)  # (rows, T), 0 where there is no target
+    sums = torch.zeros(int(document.max()) + 1, device=X.device)
+    sums = sums.index_add(0, document.flatten(), token_logps.flatten())
+    n_pairs = int(divisor((X, Y, document)))
+    return sums[:2 * n_pairs].view(-1, 2)  # without padding, which has a number of its own
 
 
 def load(data, split, pairs, block_size, context):
-    """Tokens, targets, and which answer each is of (rows, T); the reference's log-probabilities (pairs, 2)."""
+    """Return the batch (X, Y, document, reference_logps) of the pairs with these indices (n,)."""
     return *reward.load(data, split, pairs, block_size), context.logps[split][pairs]
 
 
 def margins(model, batch):
-    """By how much the chosen answer's log-probability has risen above the rejected one's since the reference (pairs,), in nats."""
-    *batch, reference_logps = batch
-    chosen, rejected = (answer_logps(model, *batch) - reference_logps).unbind(dim=1)
+    """
+    Return how much more log-probability the chosen answer has gained since the reference than the
+    rejected one, (pairs,), in nats.
+    """
+    X, Y, document, reference_logps = batch
+    chosen, rejected = (answer_logps(model, X, Y, document) - reference_logps).unbind(dim=1)
     return chosen - rejected
 
 
 def losses(margin):
-    return -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)
+    """Return the loss of each pair (pairs,)."""
+    right_way = -F.logsigmoid(beta * margin)
+    wrong_way = -F.logsigmoid(-beta * margin)
+    return (1 - label_smoothing) * right_way + label_smoothing * wrong_way
 
 
 def loss(model, batch):
+    """Return the summed loss of the pairs."""
     return losses(margins(model, batch)).sum()
 
 
 def measure(model, batch, data, context):
     """
-    Sum and divisor of each of MEASURES, (4, 2): the loss; the share of pairs whose margin is positive; the margin of the implicit rewards, beta times that of
-    the log-probabilities; the divergence KL(model || reference) in nats per token, exact at every token of the chosen answers.
+    Return sum and divisor of each of MEASURES, (4, 2): the loss; the share of pairs with a positive
+    margin; the margin of the implicit rewards, beta times that of the log-probabilities; KL(model ||
+    reference) in nats per token, computed from the full distributions at every token of the chosen
+    answers.
     """
     X, Y, document, _ = batch
-    margin, told = margins(model, batch), (Y != -1) & (document % 2 == 0)
-    ours, theirs = (network.lm_head(network.hidden(X, documents=document)[told]).float().log_softmax(dim=-1) for network in (model, context.model))  # (tokens, V)
-    kl = (ours.exp() * (ours - theirs)).sum()
-    count = len(margin)
-    return torch.stack([torch.stack([losses(margin).sum(), (margin > 0).sum(), beta * margin.sum(), kl]).double().cpu(),
-                        torch.tensor([count, count, count, told.sum()], dtype=torch.float64)], dim=1)
+    margin = margins(model, batch)
+    is_chosen = (Y != -1) & (document % 2 == 0)
+    logps = next_token_logps(model, X, document, is_chosen)
+    kl = (logps.exp() * (logps - next_token_logps(context.reference_model, X, document, is_chosen))).sum()
+    sums = torch.stack([losses(margin).sum(), (margin > 0).sum(), beta * margin.sum(), kl]).double().cpu()
+    n_pairs = len(margin)
+    divisors = torch.tensor([n_pairs, n_pairs, n_pairs, is_chosen.sum()], dtype=torch.float64)
+    return torch.stack([sums, divisors], dim=1)
+
+
+def next_token_logps(model, X, document, where):
+    """Return the log-probabilities (n, V) of all tokens at the n positions that `where` (rows, T) marks."""
+    hidden = model.hidden(X, documents=document)[where]
+    return model.lm_head(hidden).float().log_softmax(dim=-1)

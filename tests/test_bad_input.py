@@ -57,48 +57,12 @@ def own_data(tiny_data, tmp_path):
 @pytest.mark.parametrize('args, names', [
     (['--batchsize=4'], ['batchsize', 'batch_size']),
     (['--batch_size=4.5'], ["batch_size='4.5'", 'an int']),
-    (['--learning_rate=high'], ["learning_rate='high'", 'a float']),
-    (['--eval_only=perhaps'], ["eval_only='perhaps'", 'True or False']),
     (['--max_iters'], ['--max_iters', 'needs a value']),
     (['config/train_shakespear.py'], ['config/train_shakespear.py']),
     (['--batch_size=0'], ['batch_size=0', 'at least 1']),
-    (['--gradient_accumulation_steps=-1'], ['gradient_accumulation_steps=-1', 'at least 1']),
-    (['--block_size=0'], ['block_size=0', 'at least 1']),
-    (['--n_layer=0'], ['n_layer=0', 'at least 1']),
-    (['--n_head=-1'], ['n_head=-1', 'at least 0']),
     (['--n_head=3'], ['n_embd=32', 'n_head=3', 'divisible']),
     (['--n_embd=200', '--n_head=0'], ['n_embd=200', 'n_head=3', '64 channels']),
-    (['--n_head=4', '--n_kv_head=3'], ['n_head=4', 'n_kv_head=3', 'divisible']),
-    (['--n_kv_head=4'], ['n_head=2', 'n_kv_head=4', 'divisible']),
-    (['--rope_theta=10000', '--n_embd=30'], ['rope_theta=10000.0', '15', 'even']),
-    (['--rope_theta=10000', '--head_size=5'], ['rope_theta=10000.0', '5', 'head_size', 'even']),
-    (['--rope_theta=-1'], ['rope_theta=-1.0', 'at least 0']),
-    (['--norm=batchnorm'], ['norm=batchnorm', 'layernorm or rmsnorm']),
-    (['--activation=relu'], ['activation=relu', 'gelu or gelu_tanh or swiglu']),
-    (['--optimizer=sgd'], ['optimizer=sgd', 'adamw or muon']),
-    (['--schedule=linear'], ['schedule=linear', 'cosine or wsd']),
-    (['--data_order=sorted'], ['data_order=sorted', 'random or epochs or documents']),
     (['--data_order=documents'], ['data_order=documents', 'tiny', 'without document ends']),
-    (['--parallel=zero'], ['parallel=zero', 'ddp or fsdp']),
-    (['--save_interval=-1'], ['save_interval=-1', 'at least 0']),
-    (['--save_minutes=-1'], ['save_minutes=-1.0', 'at least 0']),
-    (['--keep_last=-1'], ['keep_last=-1', 'at least 0']),
-    (['--skip_nonfinite=-1'], ['skip_nonfinite=-1', 'at least 0']),
-    (['--cooldown=1.5'], ['cooldown=1.5', '[0, 1]']),
-    (['--muon_lr=-1'], ['muon_lr=-1.0', 'at least 0']),
-    (['--optimizer=muon', '--learning_rate=0'], ['learning_rate=0', 'muon_lr=0.02']),
-    (['--lr_decay_iters=-2'], ['lr_decay_iters=-2']),
-    (['--eval_interval=0'], ['eval_interval=0', 'at least 1']),
-    (['--log_interval=0'], ['log_interval=0', 'at least 1']),
-    (['--eval_iters=0'], ['eval_iters=0']),
-    (['--dropout=1'], ['dropout=1.0']),
-    (['--max_iters=-2'], ['max_iters=-2']),
-    (['--learning_rate=-1'], ['learning_rate=-1']),
-    (['--weight_decay=-1'], ['weight_decay=-1']),
-    (['--beta1=1'], ['beta1=1.0']),
-    (['--beta2=-0.5'], ['beta2=-0.5']),
-    (['--grad_clip=-1'], ['grad_clip=-1']),
-    (['--seed=10000000000000000000'], ['seed=10000000000000000000']),
     (['--device=tpu'], ['device=tpu', 'cpu']),
     (['--dtype=int8'], ['dtype=int8', 'float32']),
     (['--dtype=float16'], ['dtype=float16', 'bfloat16']),
@@ -107,8 +71,9 @@ def own_data(tiny_data, tmp_path):
     (['--objective=previous_token'], ['previous_token', 'objectives/']),
 ], ids=str)
 def test_settings(tiny_data, tmp_path, args, names):
-    """Unknown names, wrong types and impossible values of train.py's settings."""
-    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', *args, names=names, folder=tmp_path)
+    """Impossible settings of train.py, end to end; test_settings.py has the table of values, test_configurator.py types."""
+    args = [*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', *args]
+    refuse('train.py', *args, names=names, folder=tmp_path)
 
 
 @pytest.mark.parametrize('text, names', [('batchsize = 4', ['batchsize', 'batch_size']), ("batch_size = '4'", ["batch_size='4'", 'an int'])])

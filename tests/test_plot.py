@@ -1,4 +1,4 @@
-"""plot.py: pictures of one run and of several, nanoGPT's printed lines among them, and one line for what it cannot draw."""
+"""plot.py: pictures of one and of several runs, also from nanoGPT's printed lines, and the errors."""
 import runpy
 import struct
 import sys
@@ -8,7 +8,15 @@ import pytest
 from conftest import ROOT, run_script, write
 
 pytest.importorskip('matplotlib')
-CSV = 'iter,loss,ms,tokens_per_s,mfu,val_loss\n0,,,,,4.2\n0,4.2,20,3200,,\n1,3.9,10,6400,,\n2,,,,,3.5\n2,3.4,10,6400,,\n3,3.1,10,6400,,\n4,,,,,3\n'
+CSV = '''iter,loss,ms,tokens_per_s,mfu,val_loss
+0,,,,,4.2
+0,4.2,20,3200,,
+1,3.9,10,6400,,
+2,,,,,3.5
+2,3.4,10,6400,,
+3,3.1,10,6400,,
+4,,,,,3
+'''
 PRINTED = '''tokens per iteration will be: 64
 step 0: train loss 4.2000, val loss 4.3000
 iter 0: loss 4.2100, time 9000.00ms, mfu -100.00%
@@ -21,21 +29,21 @@ iter 3: loss nan, time 20.00ms, mfu 1.50%
 
 
 def size_of_picture(path):
-    """(width, height) of a PNG."""
+    """Return (width, height) of a PNG."""
     data = path.read_bytes()
     assert data[:8] == b'\x89PNG\r\n\x1a\n' and data[12:16] == b'IHDR'
     return struct.unpack('>II', data[16:24])
 
 
 def points(*args):
-    """What plot.py hands to matplotlib: [(xs, ys, name in the legend)]."""
+    """Return what plot.py hands to matplotlib: [(xs, ys, name in the legend)]."""
     with mock.patch.object(sys, 'argv', ['plot.py', *map(str, args)]):
         drawn = runpy.run_path(str(ROOT / 'plot.py'))['curves']
     return [(list(map(float, xs)), list(map(float, ys)), name) for xs, ys, name in drawn]
 
 
 def test_a_run(tiny_run, tmp_path):
-    """A real run, by every x."""
+    """A real run, over every x."""
     for x in 'iter', 'tokens', 'time':
         result = run_script('plot.py', tiny_run, f'--x={x}', '--log=y', '--out=a.png', cwd=tmp_path)
         assert result.code == 0 and result.out.splitlines()[-1].startswith('a.png: val loss of 1 run: '), result.err
@@ -43,7 +51,10 @@ def test_a_run(tiny_run, tmp_path):
 
 
 def test_several(tmp_path):
-    """Folders, a log.csv and nanoGPT's printed lines in one picture; names that matplotlib has no letters for, or takes for formulas."""
+    """
+    Folders, a log.csv and nanoGPT's printed lines in one picture. Names in Chinese, with $ (a formula
+    to matplotlib) and with a leading _ (hidden from a legend) are shown.
+    """
     for name in '石头记', '$a_$b', '_c':
         write(tmp_path / name / 'log.csv', CSV)
     write(tmp_path / 'again' / '石头记' / 'log.csv', CSV)
@@ -56,20 +67,22 @@ def test_several(tmp_path):
 
 
 def test_points(tmp_path):
-    """The x of a point: its step, the tokens before it, or the time of the steps before it, into which no evaluation counts."""
+    """The x of a point: its step, the tokens before it, or the time of the steps before it, without evaluations."""
     write(tmp_path / 'ours' / 'log.csv', CSV)
     runs = write(tmp_path / 'nanogpt.txt', PRINTED), tmp_path / 'ours', f'--out={tmp_path / "c.png"}'
     assert points(*runs) == [([0, 2], [4.3, 3.7], 'nanogpt'), ([0, 2, 4], [4.2, 3.5, 3], 'ours')]
     assert [xs for xs, *_ in points(*runs, '--x=tokens')] == [[0, 128], [0, 128, 256]]
-    (nanogpt, *_), (ours, *_) = points(*runs, '--x=time')
+    (nanogpt, _, _), (ours, _, _) = points(*runs, '--x=time')
     assert ours == pytest.approx([0, 0.03, 0.05])
     assert nanogpt == pytest.approx([0, 0.04])
 
 
 def test_fewer_rows_than_steps(tmp_path):
-    """Where only some steps are logged, each row stands for those since the one before."""
-    write(tmp_path / 'r' / 'log.csv', 'iter,ms,loss\n' + ''.join(f'{i},1000,{i}\n' for i in range(0, 50, 10)))
-    assert points(tmp_path / 'r', '--x=time', '--y=loss', f'--out={tmp_path / "d.png"}')[0][0] == pytest.approx([0, 10, 20, 30, 40])
+    """With log_interval=10 a row has the mean time of the ten steps since the row before."""
+    rows = ''.join(f'{i},1000,{i}\n' for i in range(0, 50, 10))
+    write(tmp_path / 'r' / 'log.csv', f'iter,ms,loss\n{rows}')
+    (xs, _, _), = points(tmp_path / 'r', '--x=time', '--y=loss', f'--out={tmp_path / "d.png"}')
+    assert xs == pytest.approx([0, 10, 20, 30, 40])
 
 
 @pytest.mark.parametrize('args, names', [
@@ -118,8 +131,6 @@ def test_help(tmp_path):
 
 def test_panels(tmp_path):
     """Several columns: a panel each, with the runs that have it, each run in one colour."""
-    from unittest import mock
-
     from matplotlib.figure import Figure
     write(tmp_path / 'a' / 'log.csv', 'iter,loss,val_kl\n0,2,0\n1,1,0.5\n')
     write(tmp_path / 'b' / 'log.csv', 'iter,loss,val_reward\n0,3,\n1,,7\n')
@@ -127,7 +138,12 @@ def test_panels(tmp_path):
     with mock.patch.object(Figure, 'savefig', lambda figure, *args, **kwargs: drawn.append(figure)):
         result = run_script('plot.py', 'a', 'b', '--y=loss,val_kl,val_reward', cwd=tmp_path)
     assert result.code == 0 and 'val kl of 1 run: a 0.5 at the end' in result.out, result.err
-    panels = {axes.get_ylabel(): {text.get_text(): line.get_color() for text, line in zip(axes.get_legend().get_texts(), axes.lines)} for axes in drawn[0].axes}
-    assert {name: sorted(lines) for name, lines in panels.items()} == {'loss': ['a', 'b'], 'val kl': ['a'], 'val reward': ['b']}
+    panels = {}
+    for axes in drawn[0].axes:
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        panels[axes.get_ylabel()] = dict(zip(names, [line.get_color() for line in axes.lines]))
+    assert {name: list(lines) for name, lines in panels.items()} == {
+        'loss': ['a', 'b'], 'val kl': ['a'], 'val reward': ['b']}
     assert panels['val kl']['a'] == panels['loss']['a'] != panels['loss']['b'] == panels['val reward']['b']
-    assert 'no run here has numbers of val_nothing' in run_script('plot.py', 'a', '--y=loss,val_nothing', cwd=tmp_path).err
+    result = run_script('plot.py', 'a', '--y=loss,val_nothing', cwd=tmp_path)
+    assert 'no run here has numbers of val_nothing' in result.err

@@ -5,23 +5,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, digits_dataset, exit_line, losses_of, make_dataset, run_script, train_in_fp32
-from kills import kill_and_compare
+from conftest import ROOT, TINY, digits_dataset, losses_of, make_dataset, run_script, train_in_fp32
 from test_bad_input import cut, refuse
 
-import core.training.run_folder
-import core.training.saver
+from benchmarks.kills import kill_and_compare
 from core.text.dataset import fingerprint, open_dataset, windows
-from core.training.log import spike_detector
-from core.training.run_folder import check_disk, resolve_init_from, write_run_json
-from core.training.saver import Saver
 from core.weights.checkpoint import load_checkpoint, load_last
 from objectives import next_token
 
@@ -80,7 +74,7 @@ def close(a, b, loss, weights):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='no kill -9')
 def test_kills(tmp_path):
-    """The short form of `python tests/kills.py 100`."""
+    """The short form of `python benchmarks/kills.py 100`."""
     found = re.match(r'5 kills .*, (\d+) of them while it trained', kill_and_compare(tmp_path, 5))
     assert found and int(found[1]) >= 2
 
@@ -154,84 +148,7 @@ def test_weights_alone(tiny_data, tmp_path):
     assert result.code == 0, result.err
 
 
-@pytest.fixture
-def saver(tmp_path):
-    run = SimpleNamespace(master=True, sharded=False, device_type='cpu')
-    return Saver(str(tmp_path), run, SimpleNamespace(sync=lambda: None), keep_last=1, background=True)
-
-
-def state(tensor, step):
-    return {'model': {'w': tensor, 'tied': tensor}, 'optimizer': {'state': {0: {'step': torch.tensor(float(step))}}, 'param_groups': [{'lr': 0.1}]}, 'iter_num': step}
-
-
-def test_training_goes_on_while_a_checkpoint_is_written(saver, tmp_path, monkeypatch):
-    """What changes meanwhile is not in it; the next one waits for it."""
-    go_on, writing, written, real = threading.Event(), [], [], core.training.saver.save_checkpoint
-
-    def slow(checkpoint, path):
-        writing.append(checkpoint['iter_num'])
-        assert go_on.wait(60) and len(writing) == len(written) + 1  # never two at once
-        real(checkpoint, path)
-        written.append(checkpoint['iter_num'])
-    monkeypatch.setattr(core.training.saver, 'save_checkpoint', slow)
-    w = torch.ones(3)
-    saver(state(w, 1))
-    assert saver.thread.is_alive() and not written
-    w.zero_()  # a step of training
-    threading.Timer(0.2, go_on.set).start()
-    saver(state(w, 2))
-    saver.wait(last=True)
-    assert writing == written == [1, 2] and saver.saved == 2
-    first, second = (torch.load(tmp_path / name, weights_only=True) for name in ('ckpt_00000001.pt', 'ckpt.pt'))
-    assert first['model']['w'].tolist() == [1, 1, 1] and second['model']['w'].tolist() == [0, 0, 0]
-    assert first['model']['w'].data_ptr() == first['model']['tied'].data_ptr()  # stored once
-    assert [c['optimizer']['state'][0]['step'] for c in (first, second)] == [1, 2]
-
-
-def test_a_disk_that_is_full_for_a_while(saver, tmp_path, monkeypatch, capsys):
-    """One checkpoint may fail; two in turn, or the last, end the run."""
-    real, full = core.training.saver.save_checkpoint, [True, False, True, True]
-
-    def save(checkpoint, path):
-        if full.pop(0):
-            sys.exit(f'{path}: could not be saved: No space left on device')
-        real(checkpoint, path)
-    monkeypatch.setattr(core.training.saver, 'save_checkpoint', save)
-    for step in (1, 2):
-        saver(state(torch.ones(3), step))
-        saver.thread.join()
-    assert capsys.readouterr().err.count('warning: ') == 1 and torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == 2
-    for step in (3, 4):
-        saver(state(torch.ones(3), step))
-        saver.thread.join()
-    assert 'No space left' in exit_line(saver, state(torch.ones(3), 5)) and torch.load(tmp_path / 'ckpt.pt', weights_only=True)['iter_num'] == 2
-
-
-def test_only_its_own_run_goes_on_after_a_restart(tiny_data, tmp_path, monkeypatch):
-    """Not one that an earlier run has left in the folder; and without a restart nothing but what init_from says."""
-    train(tiny_data, tmp_path, '--max_iters=2')
-    alone, group = SimpleNamespace(master=True, ddp=False), SimpleNamespace(master=True, ddp=True)
-    monkeypatch.setattr(core.training.run_folder, 'all_reduce', lambda numbers, run: torch.tensor(numbers))
-
-    def start(init_from, run=alone, out_dir=tmp_path):
-        return resolve_init_from(init_from, str(out_dir), run)[0]
-    assert [start(init_from) for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['scratch', 'gpt2', 'resume', 'resume']
-    assert start('auto', out_dir=tmp_path / 'nothing') == 'scratch'
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
-    assert [start(init_from) for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['resume'] * 4
-    assert [start(init_from, out_dir=tmp_path / 'nothing') for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['scratch', 'gpt2', 'resume', 'scratch']
-    write_run_json(str(tmp_path), run_id='another')  # has begun, and not saved
-    assert [start(init_from) for init_from in ('scratch', 'gpt2', 'resume', 'auto')] == ['scratch', 'gpt2', 'resume', 'resume']
-    # where a machine joins, no restart is counted, but torchrun is the same
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
-    for name, value in {'TORCHELASTIC_RUN_ID': 'a', 'MASTER_ADDR': 'b', 'MASTER_PORT': '1'}.items():
-        monkeypatch.setenv(name, value)
-    write_run_json(str(tmp_path), run_id=load_checkpoint(str(tmp_path / 'ckpt.pt'))['run_id'], launch='a b 1')
-    assert start('scratch', group) == 'resume' and start('scratch') == 'scratch'
-    monkeypatch.setenv('MASTER_PORT', '2')
-    assert start('scratch', group) == 'scratch'
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='no kill -9')
 def test_two_runs_in_one_folder(tiny_data, tmp_path):
     """The second refuses and changes nothing; a kill of the first frees the folder."""
@@ -277,17 +194,6 @@ def test_the_fingerprint_looks_into_every_shard(tiny_data, tmp_path):
     assert fingerprint(open_dataset(str(tmp_path / 'd'))) == before
 
 
-def test_no_room_for_the_checkpoints(tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(core.training.run_folder.shutil, 'disk_usage', lambda path: SimpleNamespace(free=10**6))
-    assert all(text in exit_line(check_disk, str(tmp_path), 10**9, keep_last=2) for text in ('4.7 GB', '0.93 each', '0.00093 GB', '--keep_last=2'))
-    (tmp_path / 'ckpt.pt').write_bytes(bytes(2 * 10**6))
-    os.link(tmp_path / 'ckpt.pt', tmp_path / 'best.pt')  # room that comes free only once
-    check_disk(str(tmp_path), 10**6, keep_last=0)
-    exit_line(check_disk, str(tmp_path), 10**6, keep_last=1)
-    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', '--n_embd=512', names=[f'out_dir={tmp_path}', 'GB', '--keep_last'])
-    assert not (tmp_path / 'log.csv').exists()
-
-
 @pytest.fixture
 def spoilt_losses(monkeypatch):
     """Multiplies the losses of some steps by some factor: {step: factor}."""
@@ -315,12 +221,6 @@ def test_a_jump_of_the_loss(spoilt_losses, tiny_data, tmp_path):
     out = train(tiny_data, tmp_path, '--max_iters=120', '--skip_nonfinite=1').out
     assert [line.split()[2] for line in out.splitlines() if 'the loss jumped' in line] == ['80:', '100:']
 
-
-def test_ordinary_losses_do_not_jump():
-    noise = torch.randn(5000, generator=torch.Generator().manual_seed(0)).mul(0.05)
-    for falling in (torch.linspace(5, 2, 5000), 2 + 8 * torch.exp(-torch.arange(5000) / 300), torch.full((5000,), 3.0)):
-        jumped = spike_detector()
-        assert [jumped(loss) for loss in (falling + noise).tolist()].count(None) == 5000
 
 # --- data
 
@@ -401,7 +301,11 @@ def test_one_two_and_four_processes(tiny_data, tmp_path):
         assert len(losses_of(tmp_path / str(n))) == 50
 
 
-@pytest.mark.parametrize('style', [[], ['--optimizer=muon', '--n_layer=3', '--gradient_checkpointing=True', '--tied=False', '--rope_theta=10000', '--qk_norm=True']], ids=['adamw', 'muon-checkpointing'])
+@pytest.mark.parametrize('style', [
+    [],
+    pytest.param(['--optimizer=muon', '--n_layer=3', '--gradient_checkpointing=True', '--tied=False',
+                  '--rope_theta=10000', '--qk_norm=True'], marks=pytest.mark.slow),
+], ids=['adamw', 'muon-checkpointing'])
 def test_sharded(style, tiny_data, tmp_path):
     """FSDP on three processes, some of whose parts are empty or uneven, is one process; its checkpoints are whole, and go on on any number."""
     args = [*TINY, f'--dataset={tiny_data}', '--eval_iters=-1', '--eval_interval=4', '--batch_size=6', '--n_embd=40', '--n_head=2', *style]
@@ -436,6 +340,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason='not Linux')
 def test_a_lost_process_on_one_of_two_nodes(tiny_data, tmp_path):
     """Two agents that meet by c10d, each with a process; one is killed, torchrun starts both again, and the run, started from scratch in a folder with an older

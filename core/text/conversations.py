@@ -1,4 +1,4 @@
-"""Conversations and preferences: reading them in the forms that people keep them in, and writing the dataset folders that train.py learns them from."""
+"""Conversations and preferences: read the usual JSON forms, and write dataset folders for train.py."""
 import collections
 import hashlib
 import json
@@ -12,147 +12,252 @@ from core.files import atomic, find
 from core.text.chat_template import chat_tokenizer, check_messages, render
 from core.text.download import progress
 
-SPEAKERS = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'chatgpt': 'assistant', 'system': 'system'}  # ShareGPT's and ours
+ROLE_OF = {'human': 'user', 'gpt': 'assistant', 'chatgpt': 'assistant'}  # ShareGPT's speakers
+
+# ----------------------------------------------------------------------------- reading
 
 
 def read(path):
     """
-    The records of a .jsonl file, one in each line, or of a .json file with a list: yields messages [{'role', 'content'}, ...] of a conversation, or
-    (messages, chosen, rejected) of a preference. Ends the script with one line at a record that is neither.
+    Yield the records of a file: one JSON object a line in .jsonl, a list of them in .json. A conversation is a
+    list of messages [{'role', 'content'}, ...], a preference a tuple (messages, chosen, rejected). Exits at a
+    record that is neither.
     """
     path = find(path)
     try:
         with open(path, encoding='utf-8-sig') as f:
-            if path.lower().endswith('.json'):
-                records = json.load(f)
-                if not isinstance(records, list):
-                    raise ValueError('expected a list of records')
-                lines = enumerate(records, 1)
-            else:
-                lines = ((number, line) for number, line in enumerate(f, 1) if line.strip())
-            for number, record in lines:
+            for number, record in numbered_records(f, path.lower().endswith('.json')):
                 try:
-                    yield understand(json.loads(record) if isinstance(record, str) else record)
-                except (ValueError, TypeError, RecursionError) as error:  # a JSONDecodeError is one
+                    if isinstance(record, str):
+                        record = json.loads(record)
+                    yield parse_record(record)
+                except (ValueError, TypeError, RecursionError) as error:  # JSONDecodeError is a ValueError
                     sys.exit(f'{path}, record {number}: {error}')
     except (OSError, ValueError) as error:
         sys.exit(f'{path}: {error}; expected a .jsonl file, or a .json file with a list')
 
 
-def understand(record):
-    """What a record says, see read(): Alpaca's, ShareGPT's or OpenAI's form, or a prompt with 'chosen' and 'rejected'. ValueError where it is none."""
+def numbered_records(f, is_list):
+    """Yield (number, record) of an open file: the items of a JSON list, or the lines, not parsed yet."""
+    if not is_list:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield number, line
+        return
+    records = json.load(f)
+    if not isinstance(records, list):
+        raise ValueError('expected a list of records')
+    yield from enumerate(records, 1)
+
+
+def parse_record(record):
+    """
+    Return the messages of a conversation (OpenAI's, ShareGPT's or Alpaca's form), or (messages, chosen, rejected)
+    of a preference. Raises ValueError if the record has no such form.
+    """
     if not isinstance(record, dict):
         raise ValueError('expected a JSON object')
     if 'chosen' in record or 'rejected' in record:
-        return preference(record)
+        return parse_preference(record)
     if 'messages' in record:
         messages = record['messages']
     elif 'conversations' in record:
-        messages = [{'role': SPEAKERS.get(turn.get('from'), turn.get('from')), 'content': turn.get('value')} if isinstance(turn, dict) else turn
-                    for turn in record['conversations']]
+        messages = [sharegpt_message(turn) for turn in record['conversations']]
     elif 'instruction' in record:
-        parts = [record['instruction'], record.get('input') or '']
-        messages = [{'role': 'user', 'content': '\n\n'.join(filter(None, parts))}, {'role': 'assistant', 'content': record.get('output')}]
-        messages = [{'role': 'system', 'content': record.get('system')}] * bool(record.get('system')) + messages
+        messages = alpaca_messages(record)
     else:
-        raise ValueError("expected 'messages' (OpenAI), 'conversations' (ShareGPT), 'instruction' and 'output' (Alpaca), or 'chosen' and 'rejected'")
+        raise ValueError("expected 'messages' (OpenAI), 'conversations' (ShareGPT), 'instruction' and 'output' "
+                         "(Alpaca), or 'chosen' and 'rejected'")
     check_messages(messages)
     if not any(message['role'] == 'assistant' and message['content'] for message in messages):
         raise ValueError('the assistant says nothing in this conversation, so there is nothing to learn')
     return messages
 
 
-def preference(record):
-    """(messages, chosen, rejected) of a record; an answer may be a text, a message, or a list of messages that begins with the prompt."""
-    def answer(side):
-        said = record.get(side)
-        said = said[-1] if isinstance(said, list) and said else said
-        said = said.get('content') if isinstance(said, dict) and said.get('role', 'assistant') == 'assistant' else said
-        if not isinstance(said, str) or not said:
-            raise ValueError(f'{side}: expected the text of an answer')
-        return said
-    prompt = record['chosen'][:-1] if isinstance(record.get('chosen'), list) else None
-    prompt = prompt or record.get('messages', record.get('prompt'))
+def sharegpt_message(turn):
+    if not isinstance(turn, dict):
+        return turn  # check_messages() says what is wrong
+    speaker = turn.get('from')
+    return {'role': ROLE_OF.get(speaker, speaker), 'content': turn.get('value')}
+
+
+def alpaca_messages(record):
+    messages = []
+    if record.get('system'):
+        messages.append({'role': 'system', 'content': record['system']})
+    question = '\n\n'.join(filter(None, [record['instruction'], record.get('input')]))
+    messages.append({'role': 'user', 'content': question})
+    messages.append({'role': 'assistant', 'content': record.get('output')})
+    return messages
+
+
+def parse_preference(record):
+    """
+    Return (messages, chosen, rejected) of a record. The prompt is in 'messages' or 'prompt', or in front of the
+    answers; an answer is a text, a message, or a list of messages that ends with it.
+    """
+    prompt_of_side = {side: record[side][:-1] for side in ('chosen', 'rejected') if isinstance(record.get(side), list)}
+    prompt = prompt_of_side.get('chosen') or record.get('messages', record.get('prompt'))
     messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
     check_messages(messages)
     if messages[-1]['role'] == 'assistant':
-        raise ValueError("the prompt of a preference ends with the assistant's answer; expected it to end with what is answered")
-    if isinstance(record.get('chosen'), list) and isinstance(record.get('rejected'), list) and record['chosen'][:-1] != record['rejected'][:-1]:
+        raise ValueError("the prompt of a preference ends with the assistant's answer; "
+                         'expected it to end with what is answered')
+    if len(prompt_of_side) == 2 and prompt_of_side['chosen'] != prompt_of_side['rejected']:
         raise ValueError('chosen and rejected answer different prompts')
-    chosen, rejected = answer('chosen'), answer('rejected')
+    chosen = answer_of(record, 'chosen')
+    rejected = answer_of(record, 'rejected')
     if chosen == rejected:
         raise ValueError('chosen and rejected are equal, so there is nothing to prefer')
     return messages, chosen, rejected
 
 
+def answer_of(record, side):
+    """Return the text of one side of a preference. Raises ValueError if there is none."""
+    answer = record.get(side)
+    if isinstance(answer, list) and answer:
+        answer = answer[-1]
+    if isinstance(answer, dict) and answer.get('role', 'assistant') == 'assistant':
+        answer = answer.get('content')
+    if not isinstance(answer, str) or not answer:
+        raise ValueError(f'{side}: expected the text of an answer')
+    return answer
+
+
 def prompt_of(messages):
-    """A conversation up to the assistant's last message."""
+    """Return the messages before the assistant's last one."""
     last = max(i for i, message in enumerate(messages) if message['role'] == 'assistant')
     return messages[:last]
 
 
+def divide(items, val_fraction, seed):
+    """
+    Return {'train': [...], 'val': [...]}, the items in their order. Those for validation are drawn by the seed: at
+    least one, if there are two or more and val_fraction is not 0.
+    """
+    if not 0 <= val_fraction < 1:
+        sys.exit(f'val_fraction={val_fraction}: expected 0 (no validation split) or a number below 1')
+    n_val = 0
+    if val_fraction and items:
+        n_val = min(len(items) - 1, max(1, round(val_fraction * len(items))))
+    is_val = set(random.Random(seed).sample(range(len(items)), n_val))
+    return {'train': [item for i, item in enumerate(items) if i not in is_val],
+            'val': [item for i, item in enumerate(items) if i in is_val]}
+
+# ----------------------------------------------------------------------------- writing
+
+
 def write_folders(folder, tokenizer, conversations, preferences, prompts, max_tokens):
     """
-    The dataset folders `folder`/sft (conversations), /pairs (preferences) and /prompts, in the tokens of chat_tokenizer(tokenizer); none of what is empty.
-    Each argument is {'train': [...], 'val': [...]}, of what read() yields; prompts are messages. What is longer than max_tokens is cut at its end, and
-    left out where nothing of an answer, or the difference between two, remains; a prompt that leaves less than a quarter of it for an answer is left out. All is counted.
+    Write the dataset folders `folder`/sft (conversations), /pairs (preferences) and /prompts, those that have items, in
+    the tokens of chat_tokenizer(tokenizer).
+
+    conversations, preferences and prompts are {'train': [...], 'val': [...]}, of what read() yields; a
+    prompt is a list of messages. Documents are cut after max_tokens. A conversation is left out if
+    nothing of an answer remains, a pair if its two sides become equal, and a prompt if it leaves less
+    than a quarter of max_tokens for an answer. What is cut and what is left out is counted and printed.
     """
     tokenizer = chat_tokenizer(tokenizer)
 
-    def conversation(messages):
+    def render_conversation(messages):
         return [render(messages, tokenizer)]
 
-    def pair(item):
-        messages, *sides = item
-        return [render([*messages, {'role': 'assistant', 'content': side}], tokenizer) for side in sides]
+    def render_pair(preference):
+        messages, *answers = preference
+        return [render([*messages, {'role': 'assistant', 'content': answer}], tokenizer) for answer in answers]
 
-    def prompt(messages):
+    def render_prompt(messages):
         return [render(messages, tokenizer, reply=True)]
-    folders = [build_folder(os.path.join(folder, name), kind, tokenizer, items, documents_of, max_tokens)
-               for kind, name, items, documents_of in (('conversations', 'sft', conversations, conversation), ('pairs', 'pairs', preferences, pair), ('prompts', 'prompts', prompts, prompt))
-               if any(items.values())]
-    for built in folders:  # all or, where one cannot be built, none
+
+    folders = []
+    for kind, name, items, documents_of in (('conversations', 'sft', conversations, render_conversation),
+                                            ('pairs', 'pairs', preferences, render_pair),
+                                            ('prompts', 'prompts', prompts, render_prompt)):
+        if any(items.values()):
+            path = os.path.join(folder, name)
+            folders.append(build_folder(path, kind, tokenizer, items, documents_of, max_tokens))
+    for built in folders:  # only now: if one of them cannot be built, none is written
         write_folder(*built)
 
 
 def build_folder(folder, kind, tokenizer, items, documents_of, max_tokens):
-    """What write_folder() takes: documents_of(item) are the documents of an item, each its ids and mask (T,)."""
-    dtype = np.dtype('<u4' if tokenizer.vocab_size > 2**16 else '<u2')
-    meta = {'kind': kind, 'dtype': 'uint32' if dtype.itemsize == 4 else 'uint16', 'vocab_size': tokenizer.vocab_size,
-            'tokenizer_sha256': hashlib.sha256(tokenizer.json.encode()).hexdigest(), 'max_tokens': max_tokens, 'longest': 0}
-    counts, files = collections.Counter(), {}
+    """
+    Build the files of a dataset folder in memory, and return write_folder()'s arguments. items is
+    {'train': [...], 'val': [...]}, and documents_of(item) returns the documents of an item, [(ids, mask), ...].
+    """
+    fits_uint16 = tokenizer.vocab_size <= 2**16
+    dtype = np.dtype('<u2' if fits_uint16 else '<u4')
+    meta = {'kind': kind, 'dtype': 'uint16' if fits_uint16 else 'uint32', 'vocab_size': tokenizer.vocab_size,
+            'tokenizer_sha256': hashlib.sha256(tokenizer.json.encode()).hexdigest(),
+            'max_tokens': max_tokens, 'longest': 0}
+    files = {'tokenizer.json': tokenizer.json.encode(), 'meta.json': b''}
+    counts = collections.Counter()
     for split in ('train', 'val'):
-        ids, masks, starts, at = [np.zeros(0, dtype)], [np.zeros(0, np.uint8)], [], 0
-        with progress(f'{kind}, {split}', len(items[split]), 'item') as bar:
-            for item in items[split]:
-                bar.update()
-                whole = documents_of(item)
-                documents = [(one[:max_tokens], mask[:max_tokens]) for one, mask in whole]
-                useless = kind == 'prompts' and len(whole[0][0]) > max_tokens - max_tokens // 4 or kind != 'prompts' and not all(mask.any() for _, mask in documents)
-                if useless or kind == 'pairs' and np.array_equal(documents[0][0], documents[1][0]):
-                    counts['left out'] += 1
-                    continue
-                counts['cut'] += any(len(one) > max_tokens for one, _ in whole)
-                for one, mask in documents:
-                    starts.append(at)
-                    ids.append(one.astype(dtype))
-                    masks.append(mask.astype(np.uint8))
-                    at += len(one)
-                    meta['longest'] = max(meta['longest'], len(one))
-        ids = np.concatenate(ids)
-        meta[split] = {'tokens': len(ids), 'documents': len(starts), 'bytes': int(tokenizer.token_bytes()[ids].sum()), 'characters': int(tokenizer.token_chars()[ids].sum())}
-        files |= {f'{split}_mask.bin': np.concatenate(masks).tobytes(), f'{split}_index.bin': np.array(starts, '<u8').tobytes(), f'{split}.bin': ids.tobytes()}
+        documents = cut_documents(kind, split, items[split], documents_of, max_tokens, counts)
+        lengths = [len(ids) for ids, _ in documents]
+        starts = np.cumsum([0, *lengths])[:-1]
+        ids = np.concatenate([np.zeros(0, dtype), *(ids.astype(dtype) for ids, _ in documents)])
+        mask = np.concatenate([np.zeros(0, np.uint8), *(mask.astype(np.uint8) for _, mask in documents)])
+        meta['longest'] = max(meta['longest'], max(lengths, default=0))
+        meta[split] = {'tokens': len(ids), 'documents': len(documents),
+                       'bytes': int(tokenizer.token_bytes()[ids].sum()),
+                       'characters': int(tokenizer.token_chars()[ids].sum())}
+        files[f'{split}_mask.bin'] = mask.tobytes()
+        files[f'{split}_index.bin'] = starts.astype('<u8').tobytes()
+        files[f'{split}.bin'] = ids.tobytes()
+    files['train.bin'] = files.pop('train.bin')  # written last: readers notice that an older one does not fit meta.json
     if not meta['train']['documents']:
-        sys.exit(f'{folder}: nothing is left to train on: of {sum(map(len, items.values())):,} {kind} none fits max_tokens={max_tokens}; raise it')
+        total = sum(map(len, items.values()))
+        sys.exit(f'{folder}: nothing is left to train on: of {total:,} {kind} none fits max_tokens={max_tokens}; '
+                 'raise it')
     meta |= counts
-    files = {'tokenizer.json': tokenizer.json.encode(), 'meta.json': json.dumps(meta, indent=2).encode(), **files}
-    files['train.bin'] = files.pop('train.bin')  # last: should this be cut off, the tokens are not those that meta.json counts, and a reader notices
-    return folder, files, (', '.join(f'{split} {meta[split]["documents"] // (1 + (kind == "pairs")):,} {kind}, {meta[split]["tokens"]:,} tokens' for split in ('train', 'val'))
-                           + f'; the longest has {meta["longest"]:,}' + ''.join(f'; {number:,} {what} (max_tokens={max_tokens:,})' for what, number in counts.items() if number))
+    files['meta.json'] = json.dumps(meta, indent=2).encode()
+    return folder, files, describe(meta, kind, counts)
 
 
-def write_folder(folder, files, told):
-    """Write the files {name: bytes} of a dataset folder and say what is in it."""
+def cut_documents(kind, split, items, documents_of, max_tokens, counts):
+    """
+    Return the documents [(ids, mask), ...] of the items of a split, cut after max_tokens, without those of which
+    nothing can be learned then. The items 'cut' and 'left out' are added to `counts`.
+    """
+    usable = []
+    with progress(f'{kind}, {split}', len(items), 'item') as bar:
+        for item in items:
+            bar.update()
+            documents = documents_of(item)
+            cut = [(ids[:max_tokens], mask[:max_tokens]) for ids, mask in documents]
+            if kind == 'prompts':
+                useless = len(documents[0][0]) > max_tokens - max_tokens // 4
+            else:
+                useless = not all(mask.any() for _, mask in cut)
+            if kind == 'pairs' and np.array_equal(cut[0][0], cut[1][0]):
+                useless = True
+            if useless:
+                counts['left out'] += 1
+                continue
+            is_cut = any(len(ids) > max_tokens for ids, _ in documents)
+            counts['cut'] += int(is_cut)
+            usable += cut
+    return usable
+
+
+def describe(meta, kind, counts):
+    """Return the line that is printed about a folder."""
+    parts = []
+    for split in ('train', 'val'):
+        n_items = meta[split]['documents']
+        if kind == 'pairs':
+            n_items //= 2
+        parts.append(f'{split} {n_items:,} {kind}, {meta[split]["tokens"]:,} tokens')
+    line = ', '.join(parts) + f'; the longest has {meta["longest"]:,}'
+    for what, number in counts.items():
+        if number:
+            line += f'; {number:,} {what} (max_tokens={meta["max_tokens"]:,})'
+    return line
+
+
+def write_folder(folder, files, summary):
+    """Write the files {name: bytes} of a dataset folder and print the line about it."""
     try:
         os.makedirs(folder, exist_ok=True)
         for name, data in files.items():
@@ -160,13 +265,4 @@ def write_folder(folder, files, told):
                 f.write(data)
     except OSError as error:
         sys.exit(f'{folder}: cannot write the dataset: {error}')
-    print(f'{folder}: {told}')
-
-
-def divide(items, val_fraction, seed):
-    """{'train': [...], 'val': [...]}: items in their order, those for validation drawn by the seed; of at least two one is."""
-    if not 0 <= val_fraction < 1:
-        sys.exit(f'val_fraction={val_fraction}: expected 0 (no validation split) or a number below 1')
-    number = min(len(items) - 1, max(1, round(val_fraction * len(items)))) if val_fraction and items else 0
-    held = set(random.Random(seed).sample(range(len(items)), number))
-    return {'train': [item for i, item in enumerate(items) if i not in held], 'val': [item for i, item in enumerate(items) if i in held]}
+    print(f'{folder}: {summary}')

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: log.csv in out_dir, and wandb and TensorBoard if asked."""
+"""Logging to out_dir/log.csv, and to wandb and TensorBoard if asked; detection of loss spikes."""
 import csv
 import math
 import os
@@ -8,14 +8,24 @@ from core.files import atomic
 
 
 class Log:
-    """log.csv with these columns (the first is the step), continued from step `start` on: rows of a run's lost steps are dropped."""
+    """
+    Writes log.csv, one row a step or evaluation. A resumed run keeps the rows before step `start` and drops the others.
+    measures: names of what evaluation reports, e.g. ('loss', 'bpb').
+    """
 
-    def __init__(self, out_dir, columns, start, config, run_id):
-        self.columns, self.wandb, self.tensorboard = columns, None, None
-        path, kept = os.path.join(out_dir, 'log.csv'), []
+    def __init__(self, out_dir, measures, start, config, run_id):
+        columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu']
+        columns += [f'{split}_{name}' for name in measures for split in ('train', 'val')]
+        self.columns = columns
+        self.wandb = None
+        self.tensorboard = None
+        path = os.path.join(out_dir, 'log.csv')
+        kept = []
         if start > 0 and os.path.exists(path):
             with open(path, encoding='utf-8', newline='') as f:
-                kept = [row for row in csv.DictReader(f, restval='') if row[columns[0]].isdigit() and int(row[columns[0]]) < start]
+                for row in csv.DictReader(f, restval=''):
+                    if row['iter'].isdigit() and int(row['iter']) < start:
+                        kept.append(row)
         try:
             with atomic(path, 'w', newline='') as f:
                 writer = csv.DictWriter(f, columns, extrasaction='ignore')
@@ -35,14 +45,15 @@ class Log:
             self.tensorboard = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=start)
 
     def __call__(self, step, numbers):
-        """Write {name: number} of one step; names as in `columns`."""
+        """Write the numbers of one step, {column: number}."""
         try:
-            self.writer.writerow({self.columns[0]: step, **{key: f'{value:.8g}' for key, value in numbers.items()}})
+            row = {key: f'{value:.8g}' for key, value in numbers.items()}
+            self.writer.writerow({'iter': step, **row})
             self.file.flush()
         except OSError as error:
             sys.exit(f'{self.file.name}: cannot be written: {error.strerror}')
         if self.wandb:
-            self.wandb.log({self.columns[0]: step, **numbers}, step=step)  # which drops the steps that it has already
+            self.wandb.log({'iter': step, **numbers}, step=step)  # wandb drops steps that it already has
         if self.tensorboard:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, step)
@@ -59,7 +70,7 @@ class Log:
 
 
 def start_wandb(config, out_dir, run_id):
-    """A wandb run, the same one when it is resumed; offline, never prompting, where nobody is logged in."""
+    """Start or resume a wandb run. It is offline if nobody is logged in, so it never prompts."""
     try:
         import wandb
     except ImportError:
@@ -67,24 +78,38 @@ def start_wandb(config, out_dir, run_id):
     mode = os.environ.get('WANDB_MODE')
     if not mode and not wandb.api.api_key:
         mode = 'offline'
-        print('wandb: not logged in, so this run is logged offline; `wandb login` first, or `wandb sync` the folder later')
-    return wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, dir=out_dir, mode=mode, id=run_id, resume='allow')
+        print('wandb: not logged in, so this run is logged offline; '
+              '`wandb login` first, or `wandb sync` the folder later')
+    return wandb.init(project=config['wandb_project'], name=config['wandb_run_name'], config=config, dir=out_dir,
+                      mode=mode, id=run_id, resume='allow')
 
 
 def spike_detector(sigmas=6, patience=50):
-    """A function to be told the loss of every step. It returns the mean before a jump of so many standard deviations, else None; of several in
-    a row only at the first. Mean and deviation are those of about the last 50 steps."""
-    count, mean, variance, high = 0, 0.0, 0.0, False
+    """
+    Return a function that takes the loss of every step. It returns the mean loss before a jump of more than `sigmas`
+    standard deviations, else None; of consecutive jumps it reports the first. Mean and deviation are moving averages
+    over about `patience` steps.
+    """
+    count = 0
+    mean = 0.0
+    variance = 0.0
+    high = False
 
-    def jumped(loss):
+    def spike(loss):
         nonlocal count, mean, variance, high
         if not math.isfinite(loss):
-            return None  # which is a matter of its own
-        before, was_high, limit = mean, high, sigmas * variance**0.5
+            return None  # the training loop handles it
+        mean_before = mean
+        was_high = high
+        limit = sigmas * variance**0.5
         high = count >= patience and loss > mean + max(limit, 0.1)
-        away = min(loss - mean, limit) if high else loss - mean
+        difference = loss - mean
+        if high:  # one outlier must not raise the averages much
+            difference = min(difference, limit)
         count += 1
-        mean += away * max(1 / patience, 1 / count)
-        variance += (away**2 * (count > 1) - variance) * max(1 / patience, 1 / count)
-        return before if high and not was_high else None
-    return jumped
+        weight = max(1 / patience, 1 / count)
+        mean += difference * weight
+        if count > 1:
+            variance += (difference**2 - variance) * weight
+        return mean_before if high and not was_high else None
+    return spike

@@ -1,4 +1,4 @@
-"""What is looked after so that a long run does not end in nothing: room on the disk, the same sight in every process, losses that jump."""
+"""The folder of a run: its lock, run.json, room on the disk, and the checkpoint to resume from."""
 import glob
 import json
 import os
@@ -13,48 +13,93 @@ from core.files import atomic
 from core.weights.checkpoint import earlier_checkpoints, load_last
 
 
+def open_run_folder(out_dir, opt, keep_last, resuming, **run_json):
+    """Lock the folder, check the room on its disk, write run.json, and return the lock. Exits if one of them fails."""
+    lock = lock_run_folder(out_dir)
+    if not resuming and has_checkpoint(out_dir):
+        print(f'warning: {out_dir} has checkpoints of another run, which the first of this one will replace; '
+              'to go on with that one: --init_from=resume', flush=True)
+    tensors = list(opt.params)
+    for moments in opt.state:
+        tensors += moments.values()
+    check_disk(out_dir, sum(tensor.numel() * tensor.element_size() for tensor in tensors), keep_last)
+    write_run_json(out_dir, **run_json)
+    return lock
+
+
+def load_checkpoint_to_resume(out_dir):
+    """Return the last checkpoint and its path. Exits if there is none, or if it has no training state."""
+    checkpoint, path = load_last(out_dir)
+    missing = [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in checkpoint]
+    if missing:
+        sys.exit(f'{path}: no {", ".join(missing)} in it, so it cannot be resumed; '
+                 f'to start from its weights: --init_from={path}')
+    return checkpoint, path
+
+
+def load_optimizer_state(opt, scaler, checkpoint, path, name):
+    """Restore the states of the optimizer and the gradient scaler. Exits if the checkpoint has another optimizer's."""
+    try:
+        opt.load_state_dict(checkpoint['optimizer'])
+    except (KeyError, ValueError) as error:
+        sys.exit(f'{path}: its optimizer is not {name} for these weights ({error}); '
+                 f'to start from the weights: --init_from={path} and another --out_dir')
+    if scaler.is_enabled() and checkpoint.get('scaler'):
+        scaler.load_state_dict(checkpoint['scaler'])
+
+
 def check_disk(out_dir, size, keep_last):
-    """End the script with one line where the checkpoints of a run, `size` bytes each, will not fit on the disk of its folder. What is there of an
-    earlier run will be replaced, so it counts as room."""
-    needed = size * (3 + keep_last)  # the last, the best, the one being written (at the end: the weights) and those before
-    there = {os.stat(path).st_ino: os.stat(path).st_size for path in glob.glob(os.path.join(glob.escape(out_dir), '*.pt'))}
-    room = shutil.disk_usage(out_dir).free + sum(there.values())
+    """
+    Exit if the disk has no room for checkpoints of `size` bytes.
+    Old checkpoints in the folder will be replaced, so they count as room.
+    """
+    count = 3 + keep_last  # the last, the best, the one being written (at the end: weights.pt) and earlier ones
+    needed = size * count
+    old = {}  # by inode: best.pt may be a hard link to ckpt.pt
+    for path in glob.glob(os.path.join(glob.escape(out_dir), '*.pt')):
+        status = os.stat(path)
+        old[status.st_ino] = status.st_size
+    room = shutil.disk_usage(out_dir).free + sum(old.values())
     if needed > room:
-        sys.exit(f'out_dir={out_dir}: the checkpoints need {needed / 2**30:.2g} GB ({size / 2**30:.2g} each) and there is room for {room / 2**30:.2g} GB; '
+        sys.exit(f'out_dir={out_dir}: the checkpoints need {needed / 2**30:.2g} GB ({size / 2**30:.2g} each) '
+                 f'and there is room for {room / 2**30:.2g} GB; '
                  f'make some, choose another --out_dir, or lower --keep_last={keep_last}')
 
 
 def lock_run_folder(out_dir):
-    """Make the folder, lock it until this process ends, however it ends, and clear away what a killed one left half-written. Returns the lock.
-    Ends the script with one line where another run holds the folder, or nothing can be written to it."""
+    """
+    Create the folder, lock it until this process ends, and delete temporary files of killed runs. Return the lock.
+    Exits if another run has the lock, or if the folder cannot be written to.
+    """
     try:
         os.makedirs(out_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=out_dir).close()
-        lock = FileLock(os.path.join(out_dir, 'lock'), timeout=0, is_singleton=True)  # the same process may claim it twice
+        lock = FileLock(os.path.join(out_dir, 'lock'), timeout=0, is_singleton=True)  # a process may lock it twice
         lock.acquire()
         for name in glob.glob(os.path.join(glob.escape(out_dir), '*.tmp[0-9]*')):
             os.remove(name)
         return lock
     except Timeout:
-        sys.exit(f'out_dir={out_dir}: another run is writing there; wait for its end or stop it, or choose another --out_dir')
+        sys.exit(f'out_dir={out_dir}: another run is writing there; '
+                 'wait for its end or stop it, or choose another --out_dir')
     except NotImplementedError:
         print(f'warning: the file system of {out_dir} has no locks, so nothing keeps a second run from writing there')
     except OSError as error:
         sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
 
 
-def write_run_json(out_dir, **known):
-    """Write run.json: the name of the run that the folder belongs to, what started it, and its settings. A full disk ends the script with one line."""
+def write_run_json(out_dir, **entries):
+    """Write run.json: the run_id, the torchrun launch and the settings of the run. Exits if it cannot be written."""
     path = os.path.join(out_dir, 'run.json')
     try:
         with atomic(path, 'w') as f:
-            json.dump(known, f, indent=2, ensure_ascii=False)
+            json.dump(entries, f, indent=2, ensure_ascii=False)
     except OSError as error:
         sys.exit(f'{path}: cannot be written: {error.strerror}')
 
 
 def read_run_json(out_dir):
-    """What is in run.json; {} where there is none."""
+    """Return the contents of run.json, {} if there is none."""
     try:
         with open(os.path.join(out_dir, 'run.json'), encoding='utf-8') as f:
             return dict(json.load(f))
@@ -63,28 +108,40 @@ def read_run_json(out_dir):
 
 
 def has_checkpoint(out_dir):
-    """Whether the folder has a checkpoint, of whichever run."""
-    return any(map(os.path.exists, (*(os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt')), *earlier_checkpoints(out_dir))))
+    """Whether the folder has a checkpoint, of this run or another."""
+    paths = [os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt')]
+    paths += earlier_checkpoints(out_dir)
+    return any(os.path.exists(path) for path in paths)
 
 
-def resolve_init_from(init_from, out_dir, run):
+def torchrun_launch():
+    """Return the identity of this torchrun launch, which stays the same when torchrun restarts its workers; or ''."""
+    if os.environ.get('TORCHELASTIC_RUN_ID', 'none') == 'none':
+        return ''
+    return ' '.join(os.environ[key] for key in ('TORCHELASTIC_RUN_ID', 'MASTER_ADDR', 'MASTER_PORT'))
+
+
+def resolve_init_from(init_from, out_dir, env):
     """
-    What train.py's init_from means now: 'auto' is 'resume' if there is a checkpoint and 'scratch' if not. Processes that torchrun has started again, after one
-    was lost or joined them, resume what their run has saved, but not what an earlier run has left in its folder.
+    Resolve 'auto' and elastic restarts. Return what to start from, and the identity of the torchrun launch.
+    'auto' becomes 'resume' if the folder has a checkpoint, and 'scratch' otherwise. After an elastic restart, every
+    rank resumes from this run's last checkpoint, but never from that of an earlier run in the same folder.
     """
-    launch = ''  # torchrun's own name and place, which are the same after a restart and not in another launch
-    if run.ddp and os.environ.get('TORCHELASTIC_RUN_ID', 'none') != 'none':
-        launch = ' '.join(os.environ[key] for key in ('TORCHELASTIC_RUN_ID', 'MASTER_ADDR', 'MASTER_PORT'))
-    known = read_run_json(out_dir)
-    again = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 or launch != '' and known.get('launch') == launch
-    again = all_reduce([again], run).item() > 0  # torchrun counts a restart only on the machine that lost a process
-    saved = False
-    if run.master and init_from == 'auto':
-        saved = has_checkpoint(out_dir)
-    elif run.master and again and init_from != 'resume':
+    launch = torchrun_launch() if env.ddp else ''
+    run_json = read_run_json(out_dir)
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    if launch and run_json.get('launch') == launch:
+        restarted = True
+    # torchrun counts a restart only on the machine that lost a process
+    restarted = all_reduce([restarted], env).item() > 0
+    has_saved = False
+    if env.master and init_from == 'auto':
+        has_saved = has_checkpoint(out_dir)
+    elif env.master and restarted and init_from != 'resume':
         try:
-            saved = load_last(out_dir, 'meta')[0].get('run_id') == known['run_id']
+            has_saved = load_last(out_dir, 'meta')[0].get('run_id') == run_json['run_id']
         except (KeyError, SystemExit):
             pass
-    saved = all_reduce([saved], run).item()  # as the first process sees it
-    return 'resume' if saved else 'scratch' if init_from == 'auto' else init_from, launch
+    if all_reduce([has_saved], env).item():  # every rank decides as rank 0
+        return 'resume', launch
+    return 'scratch' if init_from == 'auto' else init_from, launch

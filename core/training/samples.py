@@ -1,4 +1,4 @@
-"""What a network is trained on and what it writes meanwhile, shown as text."""
+"""What train.py shows as text while it trains: a row of the first batch, and samples of what the model writes."""
 import json
 import os
 import sys
@@ -12,55 +12,96 @@ from core.text.dataset import read_document
 
 
 def show_batch(batch, tokenizer):
-    """Print the first row of a batch: tokens X and targets Y (rows, T), and what else there may be. What is learned stands between ⟦ and ⟧."""
-    tokens, counts = batch[0][0].tolist(), [False, *(batch[1][0] >= 0).tolist()]
-    parts, begin = [], 0
+    """Print the first row of a batch (X, Y, ...), (rows, T) each, with the targets between ⟦ and ⟧."""
+    X, Y = batch[:2]
+    tokens = X[0].tolist()
+    is_learned = [False, *(Y[0] >= 0).tolist()]  # the target at a position is the token after it
+    parts = []
+    begin = 0
     for i in range(1, len(tokens) + 1):
-        if i == len(tokens) or counts[i] != counts[begin]:
+        if i == len(tokens) or is_learned[i] != is_learned[begin]:
             text = tokenizer.decode(tokens[begin:i])
-            parts.append(f'⟦{text}⟧' if counts[begin] else text)
+            parts.append(f'⟦{text}⟧' if is_learned[begin] else text)
             begin = i
     print('a row of the first batch; what is learned stands between ⟦ and ⟧:\n' + ''.join(parts), flush=True)
 
 
-def encode_prompts(prompts, data, run):
+def encode_prompts(prompts, data, env):
     """
-    [(text, ids)] of texts to continue, separated by |; of conversations, of what a user says, or '' for the first prompt of the dataset. Ends the script with one
-    line where they cannot be had.
+    Return [(text, ids)] of the setting sample_prompts: texts to continue, separated by |. For a dataset
+    of conversations they are messages of a user, and '' is the first prompt of the dataset. Exits if
+    the model cannot continue them.
     """
     tokenizer = data.tokenizer
-    if tokenizer is None or run.sharded:
-        sys.exit('sample_interval: ' + ('a part of the network in each process (parallel=fsdp) writes nothing by itself' if run.sharded else f'{data.folder} has no tokenizer') + '; use --sample_interval=0')
+    if env.sharded:
+        sys.exit('sample_interval: a part of the network in each process (parallel=fsdp) writes nothing by itself; '
+                 'use --sample_interval=0')
+    if tokenizer is None:
+        sys.exit(f'sample_interval: {data.folder} has no tokenizer; use --sample_interval=0')
     if data.kind and not prompts:
-        split = 'val' if data.splits['val'] else 'train'
-        ids, counts = read_document(data, split, 0)
-        ids = ids[:counts.argmax()] if counts.any() else ids  # up to where an answer begins
-        return [(tokenizer.decode(ids), ids)]
-    texts = prompts.replace('\\n', '\n').split('|')
-    for text in texts:
-        if tokenizer.unknown(text) or not text:
-            sys.exit(f'sample_prompts={prompts}: ' + (f'not in this vocabulary: {tokenizer.unknown(text)[0]!r}' if text else 'one of them is empty'))
-    return [(text, render([{'role': 'user', 'content': text}], tokenizer, reply=True)[0] if data.kind else tokenizer.encode(text)) for text in texts]
+        return [first_prompt(data)]
+
+    encoded = []
+    for text in prompts.replace('\\n', '\n').split('|'):
+        if not text:
+            sys.exit(f'sample_prompts={prompts}: one of them is empty')
+        unknown = tokenizer.unknown(text)
+        if unknown:
+            sys.exit(f'sample_prompts={prompts}: not in this vocabulary: {unknown[0]!r}')
+        if data.kind:
+            ids, _ = render([{'role': 'user', 'content': text}], tokenizer, reply=True)
+        else:
+            ids = tokenizer.encode(text)
+        encoded.append((text, ids))
+    return encoded
+
+
+def first_prompt(data):
+    """
+    Return (text, ids) of the first validation document, or training document, up to where its first
+    answer begins.
+    """
+    split = 'val' if data.splits['val'] else 'train'
+    ids, is_answer = read_document(data, split, 0)
+    if is_answer.any():
+        ids = ids[:is_answer.argmax()]
+    return data.tokenizer.decode(ids), ids
 
 
 @torch.no_grad()
-def show_samples(model, data, prompts, max_new_tokens, step, out_dir, run):
-    """Print what the network makes of prompts [(text, ids)], always by the same random numbers, and add it to out_dir/samples.jsonl, where what a run wrote in steps that it has lost is dropped."""
+def show_samples(model, data, prompts, max_new_tokens, step, out_dir, env):
+    """
+    Print continuations of the prompts [(text, ids)] and add them to out_dir/samples.jsonl. The random
+    numbers are the same at every step, so that samples of different steps can be compared.
+    """
     model.eval()
-    with run.ctx():
+    with env.ctx():
+        end_ids = [end_of_turn(data.tokenizer)] if data.kind else []  # a text is continued for all max_new_tokens
         *_, rows = continue_prompts(model, data.tokenizer, [ids for _, ids in prompts], max_new_tokens, range(len(prompts)),
-                                    end_ids=[end_of_turn(data.tokenizer)] if data.kind else [], temperature=0.8, top_k=200)
+                                    end_ids=end_ids, temperature=0.8, top_k=200)
     model.train()
-    path, samples = os.path.join(out_dir, 'samples.jsonl'), []
-    if step and os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            samples = [sample for sample in map(json.loads, f) if sample.get('step', step) < step]
-    for (text, _), row in zip(prompts, rows):
-        said = answer_text(data.tokenizer, row.ids) if data.kind else data.tokenizer.decode(row.ids)
-        print(f'sample at step {step}: {text}' + '\n' * bool(data.kind) + said, flush=True)
-        samples.append({'step': step, 'prompt': text, 'text': said})
+
+    path = os.path.join(out_dir, 'samples.jsonl')
+    samples = read_samples(path, step)
+    for (prompt, _), row in zip(prompts, rows):
+        text = answer_text(data.tokenizer, row.ids) if data.kind else data.tokenizer.decode(row.ids)
+        separator = '\n' if data.kind else ''
+        print(f'sample at step {step}: {prompt}{separator}{text}', flush=True)
+        samples.append({'step': step, 'prompt': prompt, 'text': text})
     try:
         with atomic(path, 'w') as f:
             f.writelines(json.dumps(sample, ensure_ascii=False) + '\n' for sample in samples)
     except OSError as error:
         sys.exit(f'{path}: cannot be written: {error.strerror}')
+
+
+def read_samples(path, step):
+    """
+    Return the samples of earlier steps. A resumed run may repeat steps whose samples are in the file
+    already: those are dropped. At step 0 a new run begins, which replaces the file.
+    """
+    if not step or not os.path.exists(path):
+        return []
+    with open(path, encoding='utf-8') as f:
+        samples = [json.loads(line) for line in f]
+    return [sample for sample in samples if sample.get('step', step) < step]

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed by one process at a time, and its checkpoints, written beside training so that a kill at any moment loses little."""
+"""The checkpoint writer. It writes in a background thread, so that training waits little."""
 import os
 import sys
 import threading
@@ -7,100 +7,162 @@ import time
 import torch
 
 from core.distributed import full_tensor
-from core.weights.checkpoint import EARLIER, checkpoint_path, copy_checkpoint, earlier_checkpoints, load_checkpoint, save_checkpoint
+from core.weights.checkpoint import (
+    EARLIER,
+    checkpoint_path,
+    copy_checkpoint,
+    earlier_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def save_weights(out_dir):
-    """Write weights.pt: of the checkpoint that sampling takes, all but the optimizer, number for number. A third of its size, to be shared."""
+    """Write weights.pt: the checkpoint that sampling uses, without the optimizer. A third of its size, for sharing."""
     checkpoint = load_checkpoint(checkpoint_path(out_dir))
-    save_checkpoint({key: value for key, value in checkpoint.items() if key not in ('optimizer', 'scaler')}, os.path.join(out_dir, 'weights.pt'))
+    for key in ('optimizer', 'scaler'):
+        checkpoint.pop(key, None)
+    save_checkpoint(checkpoint, os.path.join(out_dir, 'weights.pt'))
 
 
 class Saver:
     """
-    Saves a run's checkpoints: ckpt.pt, the last; best.pt, with the best validation loss; ckpt_STEP.pt, the `keep_last` before the last.
-    In the background: the tensors are copied, to memory that is kept, and a thread writes the copy; never two at once. Training waits for the
-    copy, and for the checkpoint before where that is not written yet.
+    Writes the checkpoints of a run: ckpt.pt, the last; best.pt, with the best validation loss; ckpt_STEP.pt, the
+    `keep_last` before the last.
+    In the background: the tensors are copied to reused CPU memory, and a thread writes the copy, one checkpoint at a
+    time. Training waits for the copy, and for the previous checkpoint if it is not written yet.
     """
 
-    def __init__(self, out_dir, run, log, keep_last, background, resumed_from=None, step=0):
-        self.out_dir, self.run, self.log, self.keep_last, self.background = out_dir, run, log, keep_last, background
+    def __init__(self, out_dir, env, log, keep_last, background, resumed_from=None, step=0):
+        self.out_dir = out_dir
+        self.env = env
+        self.log = log
+        self.keep_last = keep_last
+        self.background = background
         self.path = os.path.join(out_dir, 'ckpt.pt')
-        self.last_step = step if resumed_from == self.path else None  # of the ckpt.pt that is there, if it is this run's, and whole
-        self.new = resumed_from is None  # whatever is there belongs to another run
-        self.thread, self.copies, self.failures, self.reason = None, {}, 0, ''
-        self.saved, self.waited, self.written = 0, 0.0, 0.0  # checkpoints; seconds that training waited for them, and that writing them took
+        self.last_step = step if resumed_from == self.path else None  # step of this run's ckpt.pt on disk, or None
+        self.replaces_another_run = resumed_from is None
+        self.thread = None
+        self.copies = {}  # CPU memory for the copies
+        self.failures = 0  # consecutive checkpoints that could not be written
+        self.reason = ''  # of the last failure
+        self.saved = 0  # checkpoints written
+        self.waited = 0.0  # seconds that training waited for them
+        self.written = 0.0  # seconds that writing took
+        self.saved_at = time.perf_counter()
 
-    def __call__(self, checkpoint, best=False, wait=False):
-        """Save this state; wait: until it is on the disk. Every process of a sharded network gives its part; of another the first one is enough."""
-        if not (self.run.master or self.run.sharded):
+    def save(self, checkpoint, best=False, wait=False):
+        """
+        Save this state; with wait=True return when it is on the disk. best: it has the best validation loss so far.
+        Every rank of a sharded model must call this; otherwise rank 0 is enough.
+        """
+        if not (self.env.master or self.env.sharded):
             return
         started = time.perf_counter()
         self.wait()
-        if self.background or self.run.sharded:
+        if self.background or self.env.sharded:
             checkpoint = self.copy(checkpoint)
-        if not self.run.master:
+        if not self.env.master:
             return
-        copied = torch.cuda.Event() if self.run.device_type == 'cuda' else None
-        if copied:
-            copied.record()  # when the GPU gets here, the copies are there
+        copied = None
+        if self.env.device_type == 'cuda':
+            copied = torch.cuda.Event()
+            copied.record()  # recorded after the device-to-host copies; the writer thread waits for it
         self.thread = threading.Thread(target=self.write, args=(checkpoint, best, copied))
         self.thread.start()
         if wait or not self.background:
             self.wait()
-        waited = time.perf_counter() - started
+        self.saved_at = time.perf_counter()
+        waited = self.saved_at - started
         self.waited += waited
-        print(f'saved step {checkpoint["iter_num"]} to {self.out_dir}, training waited {waited * 1000:.0f}ms', flush=True)
+        step = checkpoint['iter_num']
+        print(f'saved step {step} to {self.out_dir}, training waited {waited * 1000:.0f}ms', flush=True)
 
     def reserve(self, checkpoint):
-        """Find the memory for the copies while training begins; the first checkpoint would wait for it, a second for a GB."""
-        if self.background and self.run.master and not self.run.sharded:  # gathering takes all processes
+        """Allocate the memory for the copies while training starts; it takes a second per GB."""
+        if self.background and self.env.master and not self.env.sharded:  # gathering shards needs every rank
             self.thread = threading.Thread(target=self.copy, args=(checkpoint,))
             self.thread.start()
 
     def copy(self, tree, path=()):
-        """The same dicts and lists with copies of their tensors in this machine's memory: whole ones of what is sharded, one copy of what is tied."""
+        """
+        Copy a nested state dict to (reused, pinned) CPU memory. Sharded tensors are gathered, tied tensors copied once.
+        """
         if path == ('objective',):
-            return tree  # nothing in it is changed after it was made
+            return tree  # its tensors never change
         if isinstance(tree, dict):
             return {key: self.copy(value, (*path, key)) for key, value in tree.items()}
         if isinstance(tree, (list, tuple)):
             return [self.copy(value, (*path, i)) for i, value in enumerate(tree)]
         if not isinstance(tree, torch.Tensor):
             return tree
-        key, tree = (tree.data_ptr() or path, tree.shape), full_tensor(tree)
-        if self.run.master:
-            if key not in self.copies:
-                self.copies[key] = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)
-            return self.copies[key].copy_(tree, non_blocking=tree.is_cuda)
+        key = (tree.data_ptr() or path, tree.shape)
+        full = full_tensor(tree)
+        if not self.env.master:
+            return None
+        if key not in self.copies:
+            self.copies[key] = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
+        return self.copies[key].copy_(full, non_blocking=full.is_cuda)
 
     def write(self, checkpoint, best, copied):
-        """In the thread: the last checkpoint becomes an earlier one, this one the last; the oldest goes."""
+        """Write a checkpoint (in the thread), keep the previous one as ckpt_STEP.pt, and delete what is too old."""
         started = time.perf_counter()
+        step = checkpoint['iter_num']
         if copied:
             copied.synchronize()
         try:
-            self.log.sync()  # the rows of a step are on the disk before its checkpoint
-            if self.keep_last and self.last_step not in (None, checkpoint['iter_num']):
+            self.log.sync()  # the log reaches the disk before the checkpoint
+            if self.keep_last and self.last_step not in (None, step):
                 copy_checkpoint(self.path, os.path.join(self.out_dir, EARLIER.format(self.last_step)))
             save_checkpoint(checkpoint, self.path)
             if best:
                 copy_checkpoint(self.path, os.path.join(self.out_dir, 'best.pt'))
         except (SystemExit, OSError) as error:
-            self.failures, self.reason = self.failures + 1, str(error)
+            self.failures += 1
+            self.reason = str(error)
             print(f'warning: {error}; the next checkpoint is another try', file=sys.stderr)
             return
-        old = earlier_checkpoints(self.out_dir)[0 if self.new else self.keep_last:]
-        if self.new:  # sampling would be misled
-            old += [os.path.join(self.out_dir, name) for name in ('weights.pt', *['best.pt'] * (not best))]
-        for path in filter(os.path.exists, old):
-            os.remove(path)
-        self.new, self.failures, self.last_step = False, 0, checkpoint['iter_num']
-        self.saved, self.written = self.saved + 1, self.written + time.perf_counter() - started
+        self.delete_old(best)
+        self.replaces_another_run = False
+        self.failures = 0
+        self.last_step = step
+        self.saved += 1
+        self.written += time.perf_counter() - started
+
+    def delete_old(self, best):
+        """Delete checkpoints beyond keep_last, and with this run's first checkpoint all files of another run."""
+        stale = earlier_checkpoints(self.out_dir)
+        if self.replaces_another_run:  # sampling would use the other run's files
+            stale.append(os.path.join(self.out_dir, 'weights.pt'))
+            if not best:
+                stale.append(os.path.join(self.out_dir, 'best.pt'))
+        else:
+            stale = stale[self.keep_last:]
+        for path in stale:
+            if os.path.exists(path):
+                os.remove(path)
 
     def wait(self, last=False):
-        """Until nothing is being written. Ends the script where two checkpoints in turn, or the last one, could not be saved."""
+        """
+        Wait until nothing is being written. Exits if two consecutive checkpoints, or the last one, could not be saved.
+        """
         if self.thread:
             self.thread.join()
-        if self.failures > 1 or self.failures and last:
+        if self.failures > 1 or (self.failures and last):
             sys.exit(self.reason)
+
+    def is_due(self, minutes):
+        """Whether this many minutes have passed since the last checkpoint; 0: never."""
+        return minutes > 0 and time.perf_counter() - self.saved_at > minutes * 60
+
+    def exit_on_nonfinite(self, step, loss, grad_norm, resuming):
+        """Finish writing, then exit with a line about a loss or gradient that is not finite."""
+        self.wait()
+        if not self.env.master:
+            sys.exit(1)
+        if self.saved or resuming:
+            saved = f'The checkpoint in {self.out_dir} is from before'
+        else:
+            saved = 'Nothing has been saved yet'
+        sys.exit(f'step {step}: the loss is {loss}, the gradient norm {grad_norm}. {saved}; '
+                 'try a lower --learning_rate, a longer --warmup_iters, --dtype=float32, or --skip_nonfinite=10')

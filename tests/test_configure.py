@@ -1,4 +1,8 @@
-"""The configurator, on a throwaway repository (its own script, objective and config files), and on the real scripts where those matter."""
+"""
+configurator.py and core/configure.py, on a throwaway repository (its own script, objective and config files), and on
+the real scripts.
+"""
+import importlib
 import json
 import os
 import re
@@ -8,6 +12,8 @@ import sys
 
 import pytest
 from conftest import ROOT, TINY, run_script
+
+from core import configure
 
 SCRIPT = '''"""
 A toy.
@@ -42,7 +48,8 @@ def toy(tmp_path_factory):
     (folder / 'objectives').mkdir()
     (folder / 'config').mkdir()
     shutil.copy(ROOT / 'configurator.py', folder)
-    shutil.copy(ROOT / 'core' / 'files.py', folder / 'core')
+    for name in 'files.py', 'configure.py':
+        shutil.copy(ROOT / 'core' / name, folder / 'core')
     (folder / 'toy.py').write_text(SCRIPT)
     (folder / 'objectives' / 'plain.py').write_text('SECRET = [1]\n')
     (folder / 'objectives' / 'fancy.py').write_text('beta = 0.1  # how far to stray\n')
@@ -54,18 +61,19 @@ def toy(tmp_path_factory):
 def run(toy, tmp_path):
     """Calls toy.py from an empty folder that is not the repository's."""
     def call(*args, **env):
-        return subprocess.run([sys.executable, toy / 'toy.py', *args], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **env})
+        command = [sys.executable, toy / 'toy.py', *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **env})
     return call
 
 
 def used(result):
-    """What the script ended up with: (config, names given on the command line, the objective's beta, where out_dir was found)."""
+    """Return [config, names on the command line, the objective's beta, out_dir found]."""
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def refusal(result):
-    """The one line with which it refused."""
+    """Return the one line with which it exited."""
     assert result.returncode == 1 and result.stderr.count('\n') == 1, result.stderr
     return result.stderr
 
@@ -101,7 +109,7 @@ def test_values(run, args, expected):
     """--key=value and --key value; the type of each value is that of the default."""
     config, given, *_ = used(run(*args))
     assert config == DEFAULTS | expected
-    assert {key: type(value) for key, value in config.items()} == {key: type(value) for key, value in DEFAULTS.items()}
+    assert [type(config[key]) for key in DEFAULTS] == [type(value) for value in DEFAULTS.values()]
     assert given == list(expected)
 
 
@@ -156,16 +164,38 @@ def test_order(run, tmp_path):
     assert used(run('own.py', 'second.py'))[0] == DEFAULTS | {'steps': 5, 'rate': 3.0}
 
 
+CONFIG = """
+import time, math as m
+from os.path import join
+_twice = 2 * steps
+
+def half(x):
+    return x / 2
+
+class Nothing:
+    pass
+
+steps = _twice
+rate = half(m.sqrt(16))
+note = join(sys.platform and "a", "石")
+"""
+
+
 def test_config_file_is_python(run, tmp_path):
-    """A config file sees earlier settings and the script's imports, and may import, define functions and keep names that start with _."""
-    (tmp_path / 'own.py').write_text('import time, math as m\nfrom os.path import join\n_twice = 2 * steps\n\ndef half(x):\n    return x / 2\n\n'
-                                     'class Nothing:\n    pass\n\nsteps = _twice\nrate = half(m.sqrt(16))\nnote = join(sys.platform and "a", "石")\n')
+    """A config file sees earlier settings and the script's imports. Imports, functions and _names are no settings."""
+    (tmp_path / 'own.py').write_text(CONFIG)
     config, *_ = used(run('--steps=21', 'own.py'))
     assert config == DEFAULTS | {'steps': 42, 'rate': 2.0, 'note': os.path.join('a', '石')}
 
 
-@pytest.mark.parametrize('args', [['--objective=fancy', '--beta=3'], ['--beta=3', '--objective=fancy'], ['own.py'], ['backwards.py'],
-                                  ['--beta=7', 'own.py'], ['other.py', '--objective=fancy']])
+@pytest.mark.parametrize('args', [
+    ['--objective=fancy', '--beta=3'],
+    ['--beta=3', '--objective=fancy'],
+    ['own.py'],
+    ['backwards.py'],
+    ['--beta=7', 'own.py'],
+    ['other.py', '--objective=fancy'],
+])
 def test_objective_settings(run, tmp_path, args):
     """The objective's globals are settings, set on its module, wherever the objective itself is named."""
     (tmp_path / 'own.py').write_text('objective = "fancy"\nbeta = 3\n')
@@ -183,15 +213,16 @@ def test_objective_settings_refused(run):
 
 
 def test_help(run):
-    """--help lists every setting with default, comment and heading, those of the chosen objective too, and does nothing else."""
+    """--help lists every setting with default, comment and heading, also of the objective, and does nothing else."""
     for args in ['--help'], ['-h'], ['--steps=3', '--help', 'config/small.py']:
         result = run(*args)
         assert (result.returncode, result.stderr) == (0, '')
         assert result.stdout.startswith('A toy.\n')
         lines = [line.strip() for line in result.stdout.splitlines()]
         assert [re.sub(' {2,}', '  ', line) for line in lines if line.startswith('--')] == [
-            "--out_dir='out'  where it goes", "--objective='plain'  what is done", '--steps=10  how many; a whole number',
-            '--rate=0.5  how fast', '--verbose=False  say more', "--note='a=b'  any text"]
+            "--out_dir='out'  where it goes", "--objective='plain'  what is done",
+            '--steps=10  how many; a whole number', '--rate=0.5  how fast',
+            '--verbose=False  say more', "--note='a=b'  any text"]
         assert lines.index('input and output') < lines.index('numbers') and 'Overriding' not in result.stdout
     assert re.search('--beta=0.1 +how far to stray', run('--help', '--objective=fancy').stdout)
 
@@ -204,12 +235,13 @@ def test_overrides_are_said_once(run):
 
 
 def test_paths(run, toy, tmp_path):
-    """Config files and folders are looked for from the caller's folder, then in the repository; ~ is the home folder."""
+    """Config files and folders: relative to the caller's folder, then in the repository; ~ is the home folder."""
     assert used(run('config/small.py'))[0]['steps'] == 3
     (tmp_path / 'config').mkdir()
     (tmp_path / 'config' / 'small.py').write_text('steps = 4\n')
     assert used(run('config/small.py'))[0]['steps'] == 4
-    assert used(run('~/config/small.py', '--out_dir=~/runs/a', HOME=str(tmp_path), USERPROFILE=str(tmp_path)))[0]['steps'] == 4
+    home = {'HOME': str(tmp_path), 'USERPROFILE': str(tmp_path)}
+    assert used(run('~/config/small.py', '--out_dir=~/runs/a', **home))[0]['steps'] == 4
     assert used(run())[3] == 'out'
     (toy / 'out').mkdir()
     try:
@@ -231,35 +263,89 @@ def test_help_of_our_scripts(script, tmp_path):
     listed = [line for line in result.out.splitlines() if line.startswith('  --')]
     source = (ROOT / script).read_text(encoding='utf-8').split('\nexec(open(')[0]
     named = re.findall(r'^([a-z][a-z_0-9]*) = (?!{)', source, flags=re.M)
-    if script == 'train.py' or '_settings' in source:
-        shared = ''.join((ROOT / path).read_text(encoding='utf-8') for path in (['core/weights/lora.py', 'objectives/next_token.py'] if script == 'train.py' else ['core/text/prepare.py']))
-        named = [*dict.fromkeys(named + re.findall(r'^([a-z_0-9]+) = (?!{)', shared, flags=re.M))]
+    modules = []
+    if script == 'train.py':
+        modules = ['core/weights/lora.py', 'objectives/next_token.py']
+    elif '_settings' in source or 'EXTRA_SETTINGS' in source:
+        modules = ['core/text/prepare.py']
+    for module in modules:
+        named += re.findall(r'^([a-z_0-9]+) = (?!{)', (ROOT / module).read_text(encoding='utf-8'), flags=re.M)
+    named = list(dict.fromkeys(named))
     assert [re.match('  --([a-z_0-9]+)=', line)[1] for line in listed] == named
     assert all(re.fullmatch(r'  --\w+=\S+ +\S.{4,}', line) for line in listed), listed
     assert '  ---' not in result.out
 
 
-def test_settings_of_a_module(toy, tmp_path):
-    """`_settings` brings in those of a module; the script may give one another default; both sides see what was chosen."""
-    (toy / 'core' / 'shared.py').write_text('size = 5  # how large\nkind = "plain"  # which\n\ndef seen():\n    return [size, kind]\n')
-    (toy / 'user.py').write_text('"""A user."""\nimport json\nimport os\nfrom core.shared import seen\nkind = "odd"  # which\n_settings = "core.shared"\n'
-                                 + SCRIPT[SCRIPT.index('config, config_given'):SCRIPT.index('import importlib')]
-                                 + 'print(json.dumps([size, kind, seen(), config, sorted(config_given)]))\n')
+EXEC = SCRIPT[SCRIPT.index('config, config_given'):SCRIPT.index('import importlib')]
+USER = f'''"""A user."""
+import json
+import os
+from core.shared import seen
+kind = "odd"  # which
+NAMING
+{EXEC}
+print(json.dumps([size, kind, seen(), config, sorted(config_given)]))
+'''
+
+
+@pytest.mark.parametrize('naming', ['EXTRA_SETTINGS = ("core.shared",)', '_settings = "core.shared"'])
+def test_settings_of_a_module(toy, tmp_path, naming):
+    """A script can take the settings of a module and give one another default; both see the value that was chosen."""
+    module = 'size = 5  # how large\nkind = "plain"  # which\n\ndef seen():\n    return [size, kind]\n'
+    (toy / 'core' / 'shared.py').write_text(module)
+    (toy / 'user.py').write_text(USER.replace('NAMING', naming))
 
     def call(*args):
-        return subprocess.run([sys.executable, toy / 'user.py', *args], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, toy / 'user.py', *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert used(call()) == [5, 'odd', [5, 'odd'], {'kind': 'odd', 'size': 5}, []]
     assert used(call('--size=7', '--kind=new')) == [7, 'new', [7, 'new'], {'kind': 'new', 'size': 7}, ['kind', 'size']]
-    assert "size='big'" in refusal(call('--size=big')) and 'did you mean size' in refusal(call('--siz=1'))
+    assert "size='big'" in refusal(call('--size=big'))
+    assert 'did you mean size' in refusal(call('--siz=1'))
     helped = call('--help').stdout
-    assert "--kind='odd'" in helped and '--size=5' in helped and 'how large' in helped and helped.count('--kind') == 1
+    assert "--kind='odd'" in helped and '--size=5' in helped and 'how large' in helped
+    assert helped.count('--kind') == 1
+
+
+def test_no_setting_leaks_to_the_next_script(tmp_path, monkeypatch):
+    """In one process, every configure() first resets the modules that an earlier one has set."""
+    (tmp_path / 'leaky_module.py').write_text('size = 5  # how large\n')
+    (tmp_path / 'script.py').write_text('steps = 1  # how many\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    script = {'__file__': str(tmp_path / 'script.py'), '__doc__': '', 'steps': 1}
+    monkeypatch.setattr(sys, 'argv', ['script.py', '--size=7'])
+    configure.configure({**script, 'EXTRA_SETTINGS': ('leaky_module',)})
+    module = importlib.import_module('leaky_module')
+    assert module.size == 7
+    monkeypatch.setattr(sys, 'argv', ['script.py'])
+    configure.configure(dict(script))
+    assert module.size == 5
+    configure.configured.discard(module)
+
+
+@pytest.mark.parametrize('accepted, args, steps, others', [
+    ('positional', ['a', '--steps=2', 'b.py'], 2, ['a', 'b.py']),
+    ('all', ['a.py', '--steps', '2', '--other=3', '--more', '4', '--last'], 2,
+     ['a.py', '--other=3', '--more=4', '--last']),
+    ('all', ['--verbose', 'a.py', '--verbose', 'False'], 1, ['a.py']),
+])
+def test_other_arguments(tmp_path, monkeypatch, accepted, args, steps, others):
+    """A script can say that it takes arguments which are neither its settings nor config files."""
+    (tmp_path / 'script.py').write_text('steps = 1  # how many\nverbose = False  # say more\n')
+    script = {'__file__': str(tmp_path / 'script.py'), '__doc__': '', 'steps': 1, 'verbose': False,
+              'OTHER_ARGUMENTS': accepted}
+    monkeypatch.setattr(sys, 'argv', ['script.py', *args])
+    configure.configure(script)
+    assert (script['steps'], script['other_arguments']) == (steps, others)
+    assert script['config'] == {'steps': steps, 'verbose': False}
 
 
 def test_train_and_sample_from_anywhere(tiny_data, tmp_path, monkeypatch):
-    """From another folder: config/ beside the script, data/ and out_dir the caller's, then the repository's; ~ is the home folder."""
+    """From another folder: config/ is the repository's; data/ and out_dir the caller's, then the repository's."""
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data' / 'mine').symlink_to(tiny_data)
-    result = run_script('train.py', 'config/train_shakespeare_char.py', *TINY, '--dataset=mine', '--out_dir=o', '--max_iters=1', cwd=tmp_path)
+    config = 'config/train_shakespeare_char.py'
+    result = run_script('train.py', config, *TINY, '--dataset=mine', '--out_dir=o', '--max_iters=1', cwd=tmp_path)
     assert result.code == 0, result.err
     assert (tmp_path / 'o' / 'ckpt.pt').exists()
     args = '--device=cpu', '--start=one', '--num_samples=1', '--max_new_tokens=2'
@@ -269,5 +355,7 @@ def test_train_and_sample_from_anywhere(tiny_data, tmp_path, monkeypatch):
     assert run_script('sample.py', '--out_dir=~/o', *args).code == 0
     result = run_script('train.py', *TINY, '--dataset=~/data/mine', '--out_dir=~/p', '--max_iters=1')
     assert result.code == 0 and (tmp_path / 'p' / 'ckpt.pt').exists(), result.err
-    assert str(ROOT / 'data' / 'any_text' / 'train.bin') in run_script('train.py', *TINY, '--dataset=any_text', '--out_dir=q', cwd=tmp_path).err
-    assert str(ROOT / 'config' / 'ckpt.pt') in run_script('sample.py', '--device=cpu', '--out_dir=config', cwd=tmp_path).err
+    result = run_script('train.py', *TINY, '--dataset=any_text', '--out_dir=q', cwd=tmp_path)
+    assert str(ROOT / 'data' / 'any_text' / 'train.bin') in result.err
+    result = run_script('sample.py', '--device=cpu', '--out_dir=config', cwd=tmp_path)
+    assert str(ROOT / 'config' / 'ckpt.pt') in result.err

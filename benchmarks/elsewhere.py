@@ -2,19 +2,22 @@
 What a run's model computes elsewhere: it is exported, opened by transformers and by the real llama.cpp (pip install transformers gguf xllamacpp), and compared, a row of
 docs/RECORDS.md for each run:
 
-    python tests/elsewhere.py out-poems-dpo out-hongloumeng-qwen2
+    python benchmarks/elsewhere.py out-poems-dpo out-hongloumeng-qwen2
 """
 import importlib
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+from conftest import run_script  # noqa: E402
+
 checkpoint, tokens, llamacpp = map(importlib.import_module, ('core.weights.checkpoint', 'core.text.dataset', 'test_gguf'))
 
 WINDOWS = 40  # of the validation tokens, for the perplexity

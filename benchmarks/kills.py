@@ -2,12 +2,11 @@
 Kill a small run again and again (kill -9) at random moments, also while it writes a checkpoint, start it anew each time, and compare what it ends with
 with a run that nobody disturbed:
 
-    python tests/kills.py 100                               # so many kills
-    python tests/kills.py 100 --optimizer=muon --dtype=bfloat16     # with these settings of train.py
+    python benchmarks/kills.py 100                               # so many kills
+    python benchmarks/kills.py 100 --optimizer=muon --dtype=bfloat16     # with these settings of train.py
 
 After every kill there must be a checkpoint to resume, not more than save_interval steps old; in the end losses and weights must be the same, bit for bit.
 """
-import importlib
 import os
 import random
 import subprocess
@@ -17,10 +16,12 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT, digits_dataset, losses_of
 
-sys.path.insert(0, str(ROOT))
-load_last = importlib.import_module('core.weights.checkpoint').load_last
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+from conftest import digits_dataset, losses_of  # noqa: E402
+
+from core.weights.checkpoint import load_last  # noqa: E402
 
 SAVE_INTERVAL = 6  # so a checkpoint of 9 MB is begun at every third step, and there is nearly always one being written
 SETTINGS = ['--device=cpu', '--dtype=float32', '--compile=False', '--n_layer=4', '--n_head=2', '--n_embd=128', '--block_size=32', '--batch_size=4',

@@ -1,0 +1,42 @@
+"""Evaluation during training."""
+import torch
+
+from core.distributed import all_reduce
+
+EVAL_LOGITS = 2**18  # logits per rank and batch: small models evaluate many rows at once
+
+
+@torch.no_grad()
+def evaluate(objective_module, model, data, context, n_rows, micro_rows, block_size, to_device, env):
+    """
+    Return {'train_loss': ..., 'val_loss': ..., 'train_bpb': ...} on fixed rows, divided among the ranks.
+    Uses no random state.
+    n_rows: rows per split; -1: all rows of the validation split, and as many of the training split.
+    """
+    model.eval()
+    splits = [split for split, length in data.splits.items() if length > 1]  # a folder may have no validation tokens
+    if n_rows < 0 and 'val' in splits:
+        n_rows = len(objective_module.fixed(data, 'val', -1, block_size))
+    at_once = max(micro_rows, EVAL_LOGITS // (block_size * model.config.vocab_size)) * env.world_size
+    results = {}
+    for split in splits:
+        starts = objective_module.fixed(data, split, n_rows, block_size)
+        sums = torch.zeros(len(objective_module.MEASURES), 2, dtype=torch.float64)  # sum and divisor of each measure
+        for i in range(0, len(starts), at_once):
+            mine = starts[i + env.rank:i + at_once:env.world_size]
+            # a rank without rows still runs a forward pass: FSDP's collectives need every rank
+            batch = objective_module.load(data, split, mine if len(mine) else starts[:1], block_size, context)
+            with env.ctx():
+                numbers = objective_module.measure(model, to_device(batch), data, context).cpu()
+            if len(mine):
+                sums += numbers
+        results[split] = all_reduce(sums, env).tolist()
+    model.train()
+
+    losses = {}
+    for i, name in enumerate(objective_module.MEASURES):
+        for split in splits:
+            total, divisor = results[split][i]
+            if divisor:
+                losses[f'{split}_{name}'] = total / divisor
+    return losses

@@ -1,0 +1,104 @@
+"""Checks of train.py's settings: their values, and their agreement with a checkpoint."""
+import sys
+
+from core.training.optimizer import OPTIMIZERS
+from model import ACTIVATIONS, NORMS
+
+# settings of the network, saved in the checkpoint and restored from it
+ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm',
+                'tied', 'n_kv_head', 'head_size', 'n_inner')
+DERIVED_IF_0 = ('n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner')  # 0: derived from the others
+
+AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'eval_interval', 'log_interval')
+AT_LEAST_0 = (*DERIVED_IF_0, 'rope_theta', 'save_interval', 'save_minutes', 'keep_last', 'skip_nonfinite',
+              'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters')
+CHOICES = {
+    'data_order': ('random', 'epochs', 'documents'),
+    'parallel': ('ddp', 'fsdp'),
+    'optimizer': OPTIMIZERS,
+    'schedule': ('cosine', 'wsd'),  # each has its branch in train.py's get_lr()
+    'norm': NORMS,
+    'activation': ACTIVATIONS,
+}
+
+
+def check_settings(config):
+    """Exit if a setting has an impossible value."""
+    def expect(condition, key, what):
+        if not condition:
+            sys.exit(f'{key}={config[key]}: expected {what}')
+    for keys, least in ((AT_LEAST_1, 1), (AT_LEAST_0, 0)):
+        for key in keys:
+            expect(config[key] >= least, key, f'at least {least}')
+    for key, choices in CHOICES.items():
+        expect(config[key] in choices, key, ' or '.join(choices))
+    expect(0 <= config['seed'] < 2**32, 'seed', 'at least 0 and less than 2**32')
+    for key in ('beta1', 'beta2', 'dropout'):
+        expect(0 <= config[key] < 1, key, 'a number in [0, 1)')
+    expect(0 <= config['cooldown'] <= 1, 'cooldown', 'a number in [0, 1]')
+    for key in ('max_iters', 'lr_decay_iters'):
+        expect(config[key] >= -1, key, 'at least 0, or -1 (see --help)')
+    expect(config['eval_iters'] != 0, 'eval_iters', 'above 0, or -1 (all)')
+    if config['optimizer'] == 'muon' and config['learning_rate'] == 0 < config['muon_lr']:
+        sys.exit(f'learning_rate=0: muon_lr={config["muon_lr"]} rises and falls with it, so give it a value above 0, '
+                 'however small')
+
+
+def check_heads(n_embd, n_head, n_kv_head, head_size, rope_theta, derived):
+    """Exit unless n_head divides the width and n_kv_head divides n_head. derived: n_head was not given."""
+    if not head_size and n_embd % n_head:
+        note = ', the heads of about 64 channels that n_head=0 stands for' if derived else ''
+        sys.exit(f'n_embd={n_embd} is not divisible by n_head={n_head}{note}')
+    if n_head % (n_kv_head or n_head):
+        sys.exit(f'n_head={n_head} is not divisible by n_kv_head={n_kv_head}: '
+                 'each head of keys and values serves as many heads of queries')
+    channels = head_size or n_embd // n_head
+    if rope_theta and channels % 2:
+        sys.exit(f'rope_theta={rope_theta} rotates pairs of channels, and a head has {channels}; '
+                 'choose n_embd / n_head, or head_size, even')
+
+
+def check_against_checkpoint(model, origin, config, given):
+    """Exit if the command line contradicts the architecture of the loaded model."""
+    for key in given.keys() & set(ARCHITECTURE):
+        asked, has = config[key], getattr(model.config, key)
+        if asked != has and not (asked == 0 and key in DERIVED_IF_0):
+            sys.exit(f'--{key}={asked} contradicts {origin}, which has {key}={has}; '
+                     'leave it out, or train another network with --init_from=scratch and another --out_dir')
+
+
+def describe_changes(checkpoint, config, world_size, total_rows):
+    """Return a line that says which settings differ from those in the checkpoint."""
+    before = checkpoint.get('config', {})
+    processes = checkpoint.get('world_size')
+    changes = [f'{key} {before[key]} -> {value}' for key, value in config.items()
+               if before.get(key, value) != value and key not in ('init_from', 'out_dir')]
+    if processes not in (None, world_size):
+        changes.append(f'processes {processes} -> {world_size}, which share the same {total_rows} rows a step')
+    return 'not as before: ' + '; '.join(changes) if changes else 'all settings as before'
+
+
+def check_same_data(checkpoint, path, dataset, data_hash):
+    """Exit if the checkpoint was trained on other tokens."""
+    if checkpoint.get('data', data_hash) != data_hash:
+        sys.exit(f'dataset={dataset}: its tokens are not those that {path} was trained on so far, so this would be no '
+                 f'exact continuation; for another dataset: --init_from={path} and another --out_dir')
+
+
+def check_data(data, dataset, data_order, block_size):
+    """Exit if rows of block_size tokens cannot be drawn from the dataset in this order."""
+    if data_order != 'random' and len(data.weights) > 1:
+        sys.exit(f'data_order={data_order}: {dataset} is a mixture, drawn by weights, so it has no epochs; '
+                 'use --data_order=random')
+    if data.shortest <= block_size and not data.kind:
+        sys.exit(f'block_size={block_size} needs more than {block_size} tokens to train on, and {data.folder} has '
+                 f'{data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
+
+
+def rows_per_rank(batch_size, gradient_accumulation_steps, world_size):
+    """Return how many rows of a step each rank processes. Exits if the rows cannot be divided evenly."""
+    rows = batch_size * gradient_accumulation_steps
+    if rows % world_size:
+        sys.exit(f'batch_size={batch_size} * gradient_accumulation_steps={gradient_accumulation_steps} = {rows} rows '
+                 f'cannot be shared out evenly over {world_size} processes; change one of the three')
+    return rows // world_size

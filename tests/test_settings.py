@@ -1,0 +1,115 @@
+"""core/training/settings.py: impossible values of train.py's settings are refused with one line."""
+from types import SimpleNamespace
+
+import pytest
+from conftest import exit_line
+
+from core.training.settings import (
+    check_against_checkpoint,
+    check_data,
+    check_heads,
+    check_settings,
+    describe_changes,
+    rows_per_rank,
+)
+
+GOOD = {
+    'batch_size': 12, 'gradient_accumulation_steps': 1, 'block_size': 32, 'n_layer': 2, 'n_head': 2, 'n_embd': 32,
+    'n_kv_head': 0, 'head_size': 0, 'n_inner': 0, 'rope_theta': 0.0, 'norm': 'layernorm', 'activation': 'gelu',
+    'eval_interval': 10, 'log_interval': 1, 'eval_iters': 2, 'save_interval': 0, 'save_minutes': 10.0, 'keep_last': 1,
+    'skip_nonfinite': 0, 'learning_rate': 1e-3, 'muon_lr': 0.02, 'min_lr': 1e-4, 'weight_decay': 0.1, 'grad_clip': 1.0,
+    'warmup_iters': 0, 'beta1': 0.9, 'beta2': 0.95, 'dropout': 0.0, 'cooldown': 0.4, 'max_iters': 10,
+    'lr_decay_iters': 10, 'data_order': 'random', 'parallel': 'ddp', 'optimizer': 'adamw', 'schedule': 'cosine',
+    'seed': 1337,
+}
+
+
+@pytest.mark.parametrize('key, value, expected', [
+    ('batch_size', 0, 'at least 1'),
+    ('gradient_accumulation_steps', -1, 'at least 1'),
+    ('block_size', 0, 'at least 1'),
+    ('n_layer', 0, 'at least 1'),
+    ('eval_interval', 0, 'at least 1'),
+    ('log_interval', 0, 'at least 1'),
+    ('n_head', -1, 'at least 0'),
+    ('rope_theta', -1.0, 'at least 0'),
+    ('save_interval', -1, 'at least 0'),
+    ('save_minutes', -1.0, 'at least 0'),
+    ('keep_last', -1, 'at least 0'),
+    ('skip_nonfinite', -1, 'at least 0'),
+    ('learning_rate', -1.0, 'at least 0'),
+    ('muon_lr', -1.0, 'at least 0'),
+    ('weight_decay', -1.0, 'at least 0'),
+    ('grad_clip', -1.0, 'at least 0'),
+    ('norm', 'batchnorm', 'layernorm or rmsnorm'),
+    ('activation', 'relu', 'gelu or gelu_tanh or swiglu'),
+    ('optimizer', 'sgd', 'adamw or muon'),
+    ('schedule', 'linear', 'cosine or wsd'),
+    ('data_order', 'sorted', 'random or epochs or documents'),
+    ('parallel', 'zero', 'ddp or fsdp'),
+    ('seed', 10**19, 'less than 2**32'),
+    ('beta1', 1.0, '[0, 1)'),
+    ('beta2', -0.5, '[0, 1)'),
+    ('dropout', 1.0, '[0, 1)'),
+    ('cooldown', 1.5, '[0, 1]'),
+    ('max_iters', -2, 'at least 0, or -1'),
+    ('lr_decay_iters', -2, 'at least 0, or -1'),
+    ('eval_iters', 0, 'above 0, or -1'),
+])
+def test_impossible_value(key, value, expected):
+    line = exit_line(check_settings, GOOD | {key: value})
+    assert line.startswith(f'{key}={value}: expected ')
+    assert expected in line
+
+
+def test_possible_values():
+    check_settings(GOOD)
+    check_settings(GOOD | {'optimizer': 'muon', 'max_iters': -1, 'eval_iters': -1, 'cooldown': 1.0})
+
+
+def test_muon_needs_a_learning_rate():
+    line = exit_line(check_settings, GOOD | {'optimizer': 'muon', 'learning_rate': 0.0})
+    assert 'learning_rate=0' in line and 'muon_lr=0.02' in line
+
+
+@pytest.mark.parametrize('arguments, names', [
+    ((32, 3, 0, 0, 0.0, False), ['n_embd=32', 'n_head=3', 'divisible']),
+    ((200, 3, 0, 0, 0.0, True), ['n_embd=200', 'n_head=3', '64 channels']),
+    ((32, 4, 3, 0, 0.0, False), ['n_head=4', 'n_kv_head=3', 'divisible']),
+    ((32, 2, 4, 0, 0.0, False), ['n_head=2', 'n_kv_head=4', 'divisible']),
+    ((30, 2, 0, 0, 10000.0, False), ['rope_theta=10000.0', '15', 'even']),
+    ((32, 2, 0, 5, 10000.0, False), ['rope_theta=10000.0', '5', 'head_size', 'even']),
+])
+def test_heads(arguments, names):
+    line = exit_line(check_heads, *arguments)
+    assert all(name in line for name in names), line
+
+
+def test_checkpoint_contradicted():
+    """Only what the command line gives can contradict; 0 means a derived value, which cannot."""
+    model = SimpleNamespace(config=SimpleNamespace(n_layer=2, n_head=2))
+    check_against_checkpoint(model, 'out/ckpt.pt', {'n_layer': 3, 'n_head': 2}, {})
+    check_against_checkpoint(model, 'out/ckpt.pt', {'n_layer': 2, 'n_head': 0}, {'n_layer': '2', 'n_head': '0'})
+    line = exit_line(check_against_checkpoint, model, 'out/ckpt.pt', {'n_layer': 3}, {'n_layer': '3'})
+    assert line.startswith('--n_layer=3 contradicts out/ckpt.pt, which has n_layer=2')
+
+
+def test_changes_since_the_checkpoint():
+    before = {'config': {'max_iters': 3, 'out_dir': 'a'}, 'world_size': 1}
+    assert describe_changes(before, {'max_iters': 3, 'out_dir': 'b'}, 1, 6) == 'all settings as before'
+    line = describe_changes(before, {'max_iters': 8, 'out_dir': 'a'}, 2, 6)
+    assert line == 'not as before: max_iters 3 -> 8; processes 1 -> 2, which share the same 6 rows a step'
+
+
+def test_data_that_cannot_be_drawn():
+    mixture = SimpleNamespace(weights=[0.5, 0.5], shortest=100, kind='', folder='a:0.5,b:0.5')
+    check_data(mixture, 'a:0.5,b:0.5', 'random', 32)
+    assert 'data_order=epochs' in exit_line(check_data, mixture, 'a:0.5,b:0.5', 'epochs', 32)
+    short = SimpleNamespace(weights=[1.0], shortest=32, kind='', folder='short')
+    assert '--block_size=31' in exit_line(check_data, short, 'short', 'random', 32)
+
+
+def test_rows_per_rank():
+    assert rows_per_rank(4, 3, 6) == 2
+    line = exit_line(rows_per_rank, 4, 1, 3)
+    assert all(name in line for name in ('batch_size=4', 'gradient_accumulation_steps=1', '3 processes')), line
