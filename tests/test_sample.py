@@ -137,10 +137,7 @@ def test_ctrl_c(chinese_run, tmp_path):
     assert record['over'] == 'interrupted' and len(record['text']) > 3
 
 
-@pytest.mark.parametrize('num_samples, max_new_tokens', [
-    pytest.param(1, 90000, marks=pytest.mark.slow),
-    (64, 80),
-])
+@pytest.mark.parametrize('num_samples, max_new_tokens', [(1, 90000), (64, 80)])
 def test_closed_pipe(tiny_run, tmp_path, num_samples, max_new_tokens):
     """`| head` ends sample.py without a message; what there is so far is written to the file."""
     command = (f'{sys.executable} sample.py --out_dir={tiny_run} --device=cpu --start=one --num_samples={num_samples} '
