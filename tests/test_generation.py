@@ -286,7 +286,7 @@ def grow(text, tokenizer, stop_texts=()):
     ('abcd', CHARS, ('xyz',), ['', '', 'a', 'bcd']),  # two characters are held back until the end
     ('abcdef', CHARS, ('cd', 'e'), ['', 'a', 'b', '']),
     ('石a', BYTES, (), ['', '', '石', 'a']),
-], ids=str)
+], ids=['plain', 'held back', 'stopped', 'bytes'])
 def test_new_text(text, tokenizer, stop_texts, parts):
     """Neither a stop text nor half of a character is ever returned."""
     assert grow(text, tokenizer, stop_texts) == parts
