@@ -73,7 +73,7 @@ def test_state_dict_has_nanogpts_names():
 
 @pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('T', [5, 64, 512, 700])  # one block, two, and three, of which the weights are computed twice
-def test_plain_attention_equals_the_fused_kernel(T, masked):
+def test_blockwise_attention_equals_the_fused_kernel(T, masked):
     """Values and gradients of the bf16 path on CPUs against fp32; of rows of several documents each, too."""
     torch.manual_seed(3)
     wide = [torch.randn(2, 3, T, 16, requires_grad=True) for _ in range(3)]
@@ -83,7 +83,7 @@ def test_plain_attention_equals_the_fused_kernel(T, masked):
     mask = (document[:, :, None] == document[:, None]).tril() if masked else None  # (B, T, T)
     y = F.scaled_dot_product_attention(*wide, mask, is_causal=not masked)
     y.backward(g)
-    z = attention(*narrow, mask=mask[:, None] if masked else None, plain=True)
+    z = attention(*narrow, mask=mask[:, None] if masked else None, blockwise=True)
     z.backward(g.bfloat16())
     for a, b in zip((y, *(x.grad for x in wide)), (z, *(x.grad for x in narrow))):
         assert (a - b.float()).norm() / a.norm() < 1e-2
@@ -92,11 +92,11 @@ def test_plain_attention_equals_the_fused_kernel(T, masked):
 @pytest.mark.parametrize('T', [5, 20, 40])
 def test_dropout_in_attention(T, monkeypatch):
     """Values and gradients, in blocks of 16, against softmax, the same factors and a product, written out in fp64."""
-    monkeypatch.setattr(model_file, 'BLOCK', 16)
+    monkeypatch.setattr(model_file, 'ATTENTION_BLOCK', 16)
     torch.manual_seed(3)
     q, k, v, g = torch.randn(4, 1, 2, T, 8, dtype=torch.float64)
-    factors, drawn = [], model_file.dropout_factors
-    monkeypatch.setattr(model_file, 'dropout_factors', lambda x, p: factors.append(drawn(x, p)) or factors[-1])
+    factors, drawn = [], model_file.dropout_mask
+    monkeypatch.setattr(model_file, 'dropout_mask', lambda x, p: factors.append(drawn(x, p)) or factors[-1])
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     y = attention(*inputs, dropout=0.5)
     whole = torch.cat([F.pad(x, (0, T - x.size(2))) for x in factors], dim=1)  # (2, T, T)
@@ -121,7 +121,7 @@ def test_dropout(p):
     torch.manual_seed(1)
     assert torch.equal(model_file.dropout(x, p), y) and not torch.equal(model_file.dropout(x, p), y)
     assert model_file.dropout(x, 0.0) is x
-    assert set(model_file.dropout_factors(torch.ones(10000), 0.999).unique().tolist()) == {0.0, 256.0}
+    assert set(model_file.dropout_mask(torch.ones(10000), 0.999).unique().tolist()) == {0.0, 256.0}
 
 
 def test_rotary_positions():
@@ -133,12 +133,12 @@ def test_rotary_positions():
     torch.testing.assert_close(y, torch.cat([expected.real, expected.imag], -1).float(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('plain', [False, True])
-def test_grouped_queries(plain):
+@pytest.mark.parametrize('blockwise', [False, True])
+def test_grouped_queries(blockwise):
     """Query head h takes the keys and values of head h // 4: values and gradients against a loop over the heads."""
     torch.manual_seed(3)
     q, k, v = (torch.randn(n, 3, 16, 12, requires_grad=True) for n in (8, 2, 2))
-    y = attention(q, k, v, plain=plain)
+    y = attention(q, k, v, blockwise=blockwise)
     z = torch.stack([F.scaled_dot_product_attention(q[h], k[h // 4], v[h // 4], is_causal=True) for h in range(8)])
     g = torch.randn_like(y)
     for a, b in zip((y, *torch.autograd.grad(y, (q, k, v), g)), (z, *torch.autograd.grad(z, (q, k, v), g))):
@@ -159,7 +159,7 @@ def batch(vocab_size, B=4, T=16):
     return idx, targets
 
 
-HEAD = {'whole': {}, 'in parts': {'PART': 7 * 97 + 5}, 'twice': {'PART': 7 * 97 + 5, 'KEPT': 20 * 97 * 4}}
+HEAD = {'whole': {}, 'in parts': {'LOGITS_AT_ONCE': 7 * 97 + 5}, 'twice': {'LOGITS_AT_ONCE': 7 * 97 + 5, 'MAX_SAVED_BYTES': 20 * 97 * 4}}
 
 
 @STYLES
@@ -206,9 +206,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize('kept', [True, False])
 def test_never_all_logits_in_fp32(kept, monkeypatch):
     """In the forward pass and in the backward pass: of 64 tokens, 4 at a time; and where keeping their gradients in bf16 is too much, not even these."""
-    monkeypatch.setattr(model_file, 'PART', 4 * 1000)
+    monkeypatch.setattr(model_file, 'LOGITS_AT_ONCE', 4 * 1000)
     if not kept:
-        monkeypatch.setattr(model_file, 'KEPT', 8 * 1000 * 2)
+        monkeypatch.setattr(model_file, 'MAX_SAVED_BYTES', 8 * 1000 * 2)
     model = GPT(GPTConfig(**{**TINY, 'vocab_size': 1000}))
     with Largest() as seen, torch.autocast('cpu', torch.bfloat16):
         losses_and_gradients(model, *batch(1000))
@@ -264,7 +264,7 @@ def test_crop_block_size(style):
 @pytest.mark.parametrize('autocast', [False, True], ids=['fp32', 'bf16'])
 def test_losses_without_gradients(style, autocast, monkeypatch):
     """Some rows at a time and without gradients, the losses are those of training."""
-    monkeypatch.setattr(model_file, 'PART', 7 * 97 + 5)
+    monkeypatch.setattr(model_file, 'LOGITS_AT_ONCE', 7 * 97 + 5)
     model = GPT(GPTConfig(**style))
     idx, targets = batch(97)
     targets[1, 3:12] = -1
