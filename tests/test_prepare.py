@@ -23,10 +23,10 @@ from conftest import exit_line, make_dataset, write
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from core.files import ROOT
-from core.text import chunks as pieces
+from core.text import chunks
 from core.text import documents as documents_module
 from core.text import prepare
-from core.text.chunks import cut_before, cut_up, sample
+from core.text.chunks import chunk, last_boundary, sample_evenly
 from core.text.prepare import Seen
 from core.text.tokenizer import EOT, QWEN2_SPLIT, Tokenizer, load_tokenizer
 
@@ -118,8 +118,8 @@ def gpt2_like(tmp_path_factory):
 @pytest.fixture
 def small_blocks(monkeypatch):
     def set_block(characters):
-        for module in (prepare, pieces, documents_module):
-            monkeypatch.setattr(module, 'BLOCK', characters)
+        for module in (prepare, chunks, documents_module):
+            monkeypatch.setattr(module, 'READ_BYTES', characters)
     return set_block
 
 
@@ -339,13 +339,13 @@ def test_more_numbers_than_the_set_holds():
     assert len(set(numbers)) == len(numbers)
     met = Seen()
     met.new.update(numbers[:2**20 - 2])  # as if they had been asked for; what follows goes over the threshold and beyond
-    assert not any(met(number) for number in numbers[2**20 - 2:])
+    assert not any(met.add(number) for number in numbers[2**20 - 2:])
     assert len(met.old) == 2**20 and len(met.new) == 8
-    assert all(met(number) for number in numbers[:1000] + numbers[-1000:])
+    assert all(met.add(number) for number in numbers[:1000] + numbers[-1000:])
     others = [number ^ 1 for number in numbers[:1000] + numbers[-1000:]]
-    assert not any(met(number) for number in others) and all(met(number) for number in others)
+    assert not any(met.add(number) for number in others) and all(met.add(number) for number in others)
     met.new.update(rng.getrandbits(64) for _ in range(2**20 - 1 - len(met.new)))
-    assert not met(5) and len(met.new) == 0 and met(5) and met(numbers[0]) and met(numbers[-1]) and met(others[0]) and not met(6)
+    assert not met.add(5) and len(met.new) == 0 and met.add(5) and met.add(numbers[0]) and met.add(numbers[-1]) and met.add(others[0]) and not met.add(6)
 
 # ----------------------------------------------------------------------------- pieces
 
@@ -370,7 +370,7 @@ def test_pieces_encode_like_the_whole(bpe):
     rng, most = random.Random(1), 0
     for text in random_texts(rng, 500):
         size = rng.choice([1, 2, 5, 20, 60])
-        cut = list(cut_up([*((0, piece) for piece in cut_in_pieces(rng, text, size)), (0, None)], size))
+        cut = list(chunk([*((0, piece) for piece in cut_in_pieces(rng, text, size)), (0, None)], size))
         assert ''.join(piece for _, piece, _ in cut) == text and [end for *_, end in cut] == [False] * (len(cut) - 1) + [True]
         assert [i for _, piece, _ in cut for i in bpe.encode(piece).tolist()] == bpe.encode(text).tolist()
         most = max(most, len(cut))
@@ -379,7 +379,7 @@ def test_pieces_encode_like_the_whole(bpe):
 
 def test_ordinary_text_is_cut_into_pieces_of_the_size(bpe):
     for text in (CHINESE * 50, 'The quick brown fox. ' * 300, ''.join(f'{i} is a line\n' for i in range(900))):
-        cut = [piece for _, piece, _ in cut_up([(1, text), (1, None)], 500)]
+        cut = [piece for _, piece, _ in chunk([(1, text), (1, None)], 500)]
         assert ''.join(cut) == text and max(map(len, cut)) <= 1000 and len(cut) >= len(text) // 600
 
 
@@ -394,20 +394,20 @@ def test_pieces_on_their_way_through_files(tmp_path, bpe, small_blocks):
 
 
 def test_where_to_cut():
-    assert cut_before('one two\nthree\n\nfour') == 8
-    assert cut_before('one two\n\nthree\n four five') == 20
-    assert cut_before('一把辛酸泪。都云作者痴，谁解') == 11 and cut_before('红楼梦；') == 3
-    assert cut_before('e\u0301t\u0301e,e\u0301,') == 5  # between a letter and a mark, but not between a combining one and a mark
+    assert last_boundary('one two\nthree\n\nfour') == 8
+    assert last_boundary('one two\n\nthree\n four five') == 20
+    assert last_boundary('一把辛酸泪。都云作者痴，谁解') == 11 and last_boundary('红楼梦；') == 3
+    assert last_boundary('e\u0301t\u0301e,e\u0301,') == 5  # between a letter and a mark, but not between a combining one and a mark
     for text in ('one  two\n', '', 'x', ' two', ',', 'it\'s', '1,000.5', '_,', 'a\u0301,', 'one\r\n\r\ntwo', '？！', 'a ', 'one\n', 'x' * 2000):
-        assert cut_before(text) == 0, text
-    assert cut_before('a b' + 'x' * 5000) == 1  # far from the end
-    assert cut_before('x' * 700 + ' ' + 'y' * 1000) == 700
+        assert last_boundary(text) == 0, text
+    assert last_boundary('a b' + 'x' * 5000) == 1  # far from the end
+    assert last_boundary('x' * 700 + ' ' + 'y' * 1000) == 700
 
 
 def test_a_text_without_a_safe_place(tmp_path, bpe, small_blocks):
     """Up to four blocks it is encoded in one; beyond, it is cut and still comes back."""
     small_blocks(8)
-    assert cut_before('x' * 31) == 0 and cut_before('x' * 32) == 32
+    assert last_boundary('x' * 31) == 0 and last_boundary('x' * 32) == 32
     rng = random.Random(0)
     texts = {n: [''.join(rng.choices(['text', 'token', 'is', 's'], k=n))[:n] for _ in range(9)] for n in (31, 1000)}
     for n in texts:
@@ -531,9 +531,9 @@ KILLED = """
     from types import SimpleNamespace
     sys.path.insert(0, {root!r})
     from core.text import documents
-    from core.text import chunks as pieces
+    from core.text import chunks
     from core.text import prepare
-    documents.BLOCK = pieces.BLOCK = prepare.BLOCK = 100
+    documents.READ_BYTES = chunks.READ_BYTES = prepare.READ_BYTES = 100
     prepare.time = SimpleNamespace(perf_counter=time.perf_counter, monotonic=itertools.count(0, 2).__next__)  # it notes every third batch
     prepare.input, prepare.tokenizer, prepare.shard_tokens, prepare.num_proc = '', {tokenizer!r}, {shard_tokens}, 2
     write, calls = prepare.Split.write, itertools.count(1)
@@ -759,7 +759,7 @@ def test_a_sample_is_even(share):
     rng = random.Random(share)
     texts = ['x' * rng.randrange(1, 100) for _ in range(2000)]
     taken, seen = Counter(), []
-    for text in sample((text for text in texts if not seen.append(text)), share):
+    for text in sample_evenly((text for text in texts if not seen.append(text)), share):
         taken[len(seen) - 1] += len(text)
     read = total = 0
     for number, text in enumerate(texts):
@@ -847,8 +847,7 @@ def test_only_qwen2_is_pruned_by_itself(tmp_path, large, monkeypatch):
                              ({'tokenizer': large.path}, False), ({'tokenizer': 'gpt2', 'prune': 'True'}, True)):
         make(tmp_path / 'd', path, **settings)
         assert (load_tokenizer(str(tmp_path / 'd')).json == large.json) == (not pruned)
-    monkeypatch.setattr(prepare, 'SMALL', len(CHINESE.encode()), raising=False)
-    monkeypatch.setattr(prepare, '_SMALL', len(CHINESE.encode()), raising=False)
+    monkeypatch.setattr(prepare, 'PRUNE_BELOW_BYTES', len(CHINESE.encode()))
     make(tmp_path / 'd', path, tokenizer='qwen2')
     assert load_tokenizer(str(tmp_path / 'd')).json == large.json
 
@@ -939,7 +938,6 @@ def test_skipped_files(tmp_path):
     write(tmp_path / 'in' / 'bad.txt', 'déjà vu, café'.encode('latin-1'))
     assert 'files skipped: 1' in exit_line(make_dataset, tmp_path / 'd', str(tmp_path / 'in'), skip_bad=True)
     write(tmp_path / 'in' / 'good.txt', 'one, two, three')
-    documents_module.skipped.clear()
     assert '; files skipped: 1' in make_dataset(tmp_path / 'd', str(tmp_path / 'in'), skip_bad=True)
     assert meta_of(tmp_path / 'd')['documents'] == 1
 
