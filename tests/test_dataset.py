@@ -1,4 +1,4 @@
-"""Reading datasets: shards, mixtures, large vocabularies, and what evaluation counts, each against a plain restatement."""
+"""Datasets: shards, mixtures, large vocabularies, and the tokens that evaluation counts, against plain restatements."""
 import json
 import math
 
@@ -20,7 +20,9 @@ def folder_of(path, tokenizer=LETTERS, dtype='uint16', **splits):
     (path / 'meta.json').write_text(json.dumps({'dtype': dtype, 'vocab_size': tokenizer.vocab_size}), encoding='utf-8')
     for split, shards in splits.items():
         for i, shard in enumerate(shards):
-            np.asarray(shard, dtype=dtype).tofile(path / (f'{split}_{i:05d}.bin' if len(shards) > 1 else f'{split}.bin'))
+            np.asarray(shard, dtype=dtype).tofile(
+                path / (f'{split}_{i:05d}.bin' if len(shards) > 1 else f'{split}.bin')
+            )
     return str(path)
 
 
@@ -36,7 +38,9 @@ def rows(data, split, starts, block_size):
 def test_shards_are_one_text(tmp_path):
     ids = random_ids(100)
     whole = open_dataset(folder_of(tmp_path / 'whole', train=[ids], val=[ids[:30]]))
-    shards = open_dataset(folder_of(tmp_path / 'shards', train=[ids[:40], ids[40:80], ids[80:81], ids[81:]], val=[ids[:7], ids[7:30]]))
+    shards = open_dataset(
+        folder_of(tmp_path / 'shards', train=[ids[:40], ids[40:80], ids[80:81], ids[81:]], val=[ids[:7], ids[7:30]])
+    )
     assert whole.splits == shards.splits == {'train': 100, 'val': 30}
     for split, n in whole.splits.items():
         starts = list(range(n - 1))
@@ -69,26 +73,49 @@ def test_ids_above_65536_train(tmp_path):
     path = folder_of(tmp_path / 'big', char_tokenizer(chars), 'uint32', train=[ids], val=[ids])
     data = open_dataset(path)
     assert data.dtype.itemsize == 4 and rows(data, 'train', [0], 199)[0] == [ids[:199].tolist()]
-    result = run_script('train.py', *TINY, '--n_embd=4', f'--dataset={path}', f'--out_dir={tmp_path / "out"}', '--max_iters=1')
+    result = run_script(
+        'train.py', *TINY, '--n_embd=4', f'--dataset={path}', f'--out_dir={tmp_path / "out"}', '--max_iters=1'
+    )
     assert result.code == 0, result.err
-    assert json.loads((tmp_path / 'big' / 'meta.json').read_text(encoding='utf-8'))['vocab_size'] == data.vocab_size > 2**16
+    assert (
+        json.loads((tmp_path / 'big' / 'meta.json').read_text(encoding='utf-8'))['vocab_size']
+        == data.vocab_size
+        > 2**16
+    )
 
 
 def test_epochs_see_every_token_once(tmp_path):
     """Windows end to end, in another random order each epoch, across the steps of any batch."""
     data = open_dataset(folder_of(tmp_path / 'a', train=[random_ids(1000)]))
     starts = np.concatenate([next_token.draw(data, 7, 16, 1, step, 'epochs') for step in range(40)])
-    first, second = starts[:61], starts[61:122]  # 1000 // 16 - 1 windows: one less than fit, so that the first may begin anywhere in a window
+    first, second = (
+        starts[:61],
+        starts[61:122],
+    )  # 1000 // 16 - 1 windows: one less than fit, so that the first may begin anywhere in a window
     for some in first, second:
-        assert (np.diff(np.sort(some)) == 16).all() and (np.diff(some) != 16).any() and 0 <= some.min() < 16 and some.max() + 16 < 1000
+        assert (
+            (np.diff(np.sort(some)) == 16).all()
+            and (np.diff(some) != 16).any()
+            and 0 <= some.min() < 16
+            and some.max() + 16 < 1000
+        )
     assert first.tolist() != second.tolist() and min(first) != min(second)
-    assert starts[:14].tolist() == next_token.draw(data, 14, 16, 1, 0, 'epochs').tolist() != next_token.draw(data, 14, 16, 2, 0, 'epochs').tolist()
-    data = open_dataset(folder_of(tmp_path / 'b', train=[random_ids(20)]))  # one window, and room for it to begin in 4 places
+    assert (
+        starts[:14].tolist()
+        == next_token.draw(data, 14, 16, 1, 0, 'epochs').tolist()
+        != next_token.draw(data, 14, 16, 2, 0, 'epochs').tolist()
+    )
+    data = open_dataset(
+        folder_of(tmp_path / 'b', train=[random_ids(20)])
+    )  # one window, and room for it to begin in 4 places
     assert set(next_token.draw(data, 200, 16, 1, 0, 'epochs').tolist()) == {0, 1, 2, 3}
 
 
 def test_a_mixture_draws_by_weight_and_never_across_folders(tmp_path):
-    a, b = (folder_of(tmp_path / name, train=[np.full(n, i)], val=[np.full(n // 10, i)]) for i, (name, n) in enumerate((('a', 300), ('b', 5000))))
+    a, b = (
+        folder_of(tmp_path / name, train=[np.full(n, i)], val=[np.full(n // 10, i)])
+        for i, (name, n) in enumerate((('a', 300), ('b', 5000)))
+    )
     data = open_dataset(f'{a}:0.7,{b}:0.3')
     assert data.splits == {'train': 5300, 'val': 530} and data.shortest == 300
     starts = next_token.draw(data, 20000, 16, 1, 0)
@@ -102,7 +129,10 @@ def test_a_mixture_draws_by_weight_and_never_across_folders(tmp_path):
 
 
 def test_a_mixture_is_evaluated_by_weight(tmp_path):
-    a, b = (folder_of(tmp_path / name, train=[np.full(99, i)], val=[np.full(n, i)]) for i, (name, n) in enumerate((('a', 500), ('b', 5000))))
+    a, b = (
+        folder_of(tmp_path / name, train=[np.full(99, i)], val=[np.full(n, i)])
+        for i, (name, n) in enumerate((('a', 500), ('b', 5000)))
+    )
     data = open_dataset(f'{a}:3,{b}:1')
     x, y = windows(data, 'val', next_token.fixed(data, 'val', 40, 10), 10)
     assert (x[:, 0] == 0).sum() == 30 and (x[:, 0] == 1).sum() == 10 and (y != -1).all()
@@ -112,17 +142,24 @@ def test_a_mixture_is_evaluated_by_weight(tmp_path):
 
 
 def test_a_mixture_with_a_folder_without_validation(tmp_path):
-    a, b = folder_of(tmp_path / 'a', train=[np.zeros(200)], val=[np.zeros(100)]), folder_of(tmp_path / 'b', train=[np.ones(200)])
+    a, b = (
+        folder_of(tmp_path / 'a', train=[np.zeros(200)], val=[np.zeros(100)]),
+        folder_of(tmp_path / 'b', train=[np.ones(200)]),
+    )
     data = open_dataset(f'{a},{b}')
     assert data.weights == [1, 1] and data.splits == {'train': 400, 'val': 100}
-    assert (windows(data, 'val', next_token.fixed(data, 'val', 8, 10), 10)[0] == 0).all() and len(next_token.fixed(data, 'val', 8, 10)) == 8
+    assert (windows(data, 'val', next_token.fixed(data, 'val', 8, 10), 10)[0] == 0).all() and len(
+        next_token.fixed(data, 'val', 8, 10)
+    ) == 8
     result = run_script('train.py', *TINY, f'--dataset={a}:0.5,{b}:0.5', f'--out_dir={tmp_path / "out"}')
     assert result.code == 0 and 'val loss' in result.out, result.err
 
 
 def test_a_mixture_has_no_epochs(tmp_path):
     a, b = (folder_of(tmp_path / name, train=[random_ids(100)]) for name in 'ab')
-    result = run_script('train.py', *TINY, f'--dataset={a}:0.5,{b}:0.5', f'--out_dir={tmp_path / "out"}', '--data_order=epochs')
+    result = run_script(
+        'train.py', *TINY, f'--dataset={a}:0.5,{b}:0.5', f'--out_dir={tmp_path / "out"}', '--data_order=epochs'
+    )
     assert 'mixture' in exit_line(result) and '--data_order=random' in result.err and not (tmp_path / 'out').exists()
 
 
@@ -163,7 +200,9 @@ def test_counts_that_do_not_fit_the_bins(tmp_path):
 def test_bits_per_byte_and_per_character(tmp_path):
     """Of a text of which every character has three bytes, against the loss: a network that knows nothing."""
     path = folder_of(tmp_path / 'd', train=[np.arange(200) % 2 + 8], val=[np.arange(100) % 2 + 8])
-    result = run_script('train.py', *TINY, f'--dataset={path}', f'--out_dir={tmp_path / "out"}', '--max_iters=1', '--eval_iters=-1')
+    result = run_script(
+        'train.py', *TINY, f'--dataset={path}', f'--out_dir={tmp_path / "out"}', '--max_iters=1', '--eval_iters=-1'
+    )
     assert result.code == 0, result.err
     loss, bpb, bpc = (losses_of(tmp_path / 'out', f'val_{name}')[0][1] for name in ('loss', 'bpb', 'bpc'))
     assert bpc == pytest.approx(loss / math.log(2), rel=1e-5) and bpb == pytest.approx(bpc / 3, rel=1e-5)

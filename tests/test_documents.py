@@ -1,4 +1,4 @@
-"""Reading: every kind of file against Python's own codecs, json and pyarrow; which encoding a text is in; all that can be wrong with a file."""
+"""Reading files of every kind, against Python's own codecs, json and pyarrow; guessing encodings; damaged files."""
 import bz2
 import codecs
 import gzip
@@ -19,8 +19,12 @@ from core.text.documents import find_files, guess_encoding, read_documents
 
 MIRRORS = [os.environ.get('DATA_MIRROR', ''), os.path.join(ROOT, '..', 'shared', 'data')]
 MIRROR = next((folder for folder in MIRRORS if os.path.exists(os.path.join(folder, 'tang_poems.json'))), None)
-SIMPLIFIED = '满纸荒唐言，一把辛酸泪。都云作者痴，谁解其中味？此开卷第一回也。作者自云：因曾历过一番梦幻之后，故将真事隐去。\r\n'
-TRADITIONAL = '滿紙荒唐言，一把辛酸淚。都云作者癡，誰解其中味？此開卷第一回也。作者自云：因曾歷過一番夢幻之後，故將真事隱去。\n'
+SIMPLIFIED = (
+    '满纸荒唐言，一把辛酸泪。都云作者痴，谁解其中味？此开卷第一回也。作者自云：因曾历过一番梦幻之后，故将真事隐去。\r\n'
+)
+TRADITIONAL = (
+    '滿紙荒唐言，一把辛酸淚。都云作者癡，誰解其中味？此開卷第一回也。作者自云：因曾歷過一番夢幻之後，故將真事隱去。\n'
+)
 ENGLISH = 'It was the best of times, it was the worst of times;\r\nit was the age of wisdom, 1859.\r'
 PACKERS = {'': bytes, '.gz': gzip.compress, '.bz2': bz2.compress, '.xz': lzma.compress,
            '.zst': lambda data: pytest.importorskip('zstandard').ZstdCompressor().compress(data)}
@@ -55,9 +59,29 @@ def write_parquet(path, columns, **kwargs):
 
 
 def test_a_folder(tmp_path):
-    readable = ['a/B.TXT', 'a/b.jsonl.Zst', 'a/b/c.parquet', 'a.txt', 'x.txt.gz', 'x.txt.bz2', 'x.txt.xz', 'x.txt.zst', 'y.jsonl', 'y.jsonl.gz',
-                'y.jsonl.bz2', 'y.jsonl.xz']
-    for name in readable + ['notes.md', 'txt', 'b.zst', 'c.parquet.gz', '.hidden.txt', '.git/a.txt', 'a/.cache/b/c.txt']:
+    readable = [
+        'a/B.TXT',
+        'a/b.jsonl.Zst',
+        'a/b/c.parquet',
+        'a.txt',
+        'x.txt.gz',
+        'x.txt.bz2',
+        'x.txt.xz',
+        'x.txt.zst',
+        'y.jsonl',
+        'y.jsonl.gz',
+        'y.jsonl.bz2',
+        'y.jsonl.xz',
+    ]
+    for name in readable + [
+        'notes.md',
+        'txt',
+        'b.zst',
+        'c.parquet.gz',
+        '.hidden.txt',
+        '.git/a.txt',
+        'a/.cache/b/c.txt',
+    ]:
         write(tmp_path / name, '')
     assert find_files(str(tmp_path)) == sorted(str(tmp_path / name) for name in readable)
     assert find_files(tmp_path / 'notes.md') == [str(tmp_path / 'notes.md')]  # named, so meant
@@ -69,8 +93,11 @@ def test_a_folder(tmp_path):
 
 
 def test_paths_one_by_one(tmp_path):
-    """A lazy iterable is read no further than asked for; a name with another ending is a text; a file without text is a document."""
-    paths = [write(tmp_path / name, text) for name, text in (('b.md', 'b'), ('a', ''), ('c.txt', b'\xef\xbb\xbf'), ('d.TXT', '\r'))]
+    """An iterable of paths is read lazily; a file with another ending is a text; an empty file is a document."""
+    paths = [
+        write(tmp_path / name, text)
+        for name, text in (('b.md', 'b'), ('a', ''), ('c.txt', b'\xef\xbb\xbf'), ('d.TXT', '\r'))
+    ]
     taken = []
     stream = read_documents(path for path in paths if not taken.append(path))
     assert [next(stream), next(stream)] == ['b', None] and taken == paths[:1]
@@ -84,19 +111,29 @@ def test_paths_one_by_one(tmp_path):
 # ----------------------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize('packer', PACKERS)
-@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-32', 'gbk', 'gb18030', 'big5', 'cp950', 'utf-16-le', 'utf-16-be'])
+ENCODINGS = ['utf-8', 'utf-8-sig', 'utf-16', 'utf-32', 'gbk', 'gb18030', 'big5', 'cp950', 'utf-16-le', 'utf-16-be']
+
+
+# every encoding in a plain file, and every compression with an encoding that has a mark, one that is guessed, and UTF-8
+@pytest.mark.parametrize('encoding, packer', [
+    *((encoding, '') for encoding in ENCODINGS),
+    *((encoding, packer) for encoding in ('utf-8', 'utf-16', 'gbk') for packer in PACKERS if packer),
+])
 def test_blocks_may_end_anywhere(tmp_path, monkeypatch, packer, encoding):
     rng = random.Random(encoding + packer)
     for _ in range(20):
-        monkeypatch.setattr(documents, 'BLOCK', rng.randrange(1, 200))
-        text = ''.join(rng.choices([TRADITIONAL if 'big5' in encoding or encoding == 'cp950' else SIMPLIFIED, ENGLISH, '\r\n\r\n'], k=4))
+        monkeypatch.setattr(documents, 'READ_BYTES', rng.randrange(1, 200))
+        text = ''.join(
+            rng.choices(
+                [TRADITIONAL if 'big5' in encoding or encoding == 'cp950' else SIMPLIFIED, ENGLISH, '\r\n\r\n'], k=4
+            )
+        )
         text = text[rng.randrange(40):] + SIMPLIFIED[:20] * ('utf' in encoding)
         path = write(tmp_path / f'x.txt{packer}', PACKERS[packer](text.encode(encoding)))
-        documents._guess.cache_clear()
+        documents._guess_encoding.cache_clear()
         pieces = list(read_documents(path))
         assert ''.join(pieces[:-1]) == one_newline(text) and pieces[-1] is None
-        assert max(map(len, pieces[:-1]), default=0) <= documents.BLOCK
+        assert max(map(len, pieces[:-1]), default=0) <= documents.READ_BYTES
 
 
 @pytest.mark.parametrize('mark, encoding', [(codecs.BOM_UTF16_LE, 'utf-16-le'), (codecs.BOM_UTF16_BE, 'utf-16-be'),
@@ -135,16 +172,25 @@ def test_a_changed_file_is_guessed_again(tmp_path):
 
 
 def test_neighbours_are_told_apart(tmp_path):
-    for encoding, text in (('shift_jis', '吾輩は猫である。名前はまだ無い。どこで生れたか'), ('euc_kr', '모든 인간은 태어날 때부터 자유로우며 ')):
+    for encoding, text in (
+        ('shift_jis', '吾輩は猫である。名前はまだ無い。どこで生れたか'),
+        ('euc_kr', '모든 인간은 태어날 때부터 자유로우며 '),
+    ):
         path = write(tmp_path / encoding, (text * 9).encode(encoding))
         assert guess_encoding(path) == (encoding, '') and read(path) == [text * 9]
 
 
-BAD = {'Latin 1': 'déjà vu, café'.encode('latin-1'), 'Russian': ('Все счастливые семьи похожи друг на друга. ' * 9).encode('cp1251'),
-       'bytes': random.Random(0).randbytes(2000),
-       'UTF-16 cut': codecs.BOM_UTF16_LE + SIMPLIFIED.encode('utf-16-le')[:-1], 'zeros': bytes(4000),
-       'UTF-8 broken': SIMPLIFIED.encode() * 9 + b'\xff' + SIMPLIFIED.encode(), 'UTF-8 cut': (SIMPLIFIED * 9 + '石').encode()[:-1],
-       'UTF-8 quotes': ('It’s the age of “foolishness”. ' * 9).encode() + b'\x80', 'GBK broken': SIMPLIFIED.encode('gbk') * 9 + b'\xff\xff'}
+BAD = {
+    'Latin 1': 'déjà vu, café'.encode('latin-1'),
+    'Russian': ('Все счастливые семьи похожи друг на друга. ' * 9).encode('cp1251'),
+    'bytes': random.Random(0).randbytes(2000),
+    'UTF-16 cut': codecs.BOM_UTF16_LE + SIMPLIFIED.encode('utf-16-le')[:-1],
+    'zeros': bytes(4000),
+    'UTF-8 broken': SIMPLIFIED.encode() * 9 + b'\xff' + SIMPLIFIED.encode(),
+    'UTF-8 cut': (SIMPLIFIED * 9 + '石').encode()[:-1],
+    'UTF-8 quotes': ('It’s the age of “foolishness”. ' * 9).encode() + b'\x80',
+    'GBK broken': SIMPLIFIED.encode('gbk') * 9 + b'\xff\xff',
+}
 
 
 @pytest.mark.parametrize('data', BAD.values(), ids=BAD)
@@ -155,8 +201,10 @@ def test_no_encoding_fits(tmp_path, capsys, data):
     if data.strip(b'\0'):
         at = next(i for i in itertools.count() if fails(data, i))
         assert f': byte 0x{data[at]:02x} at offset {at:,} is not UTF-8' in line
-    assert read(str(tmp_path), skip_bad=True) == read([path, good], skip_bad=True) == ['good']
-    assert documents.skipped.count(path) == 1
+    skipped = []
+    for source in (str(tmp_path), [path, good]):  # read twice, as prepare() does
+        assert read(source, skip_bad=True, skipped=skipped) == ['good']
+    assert skipped == [path]
     said = capsys.readouterr()
     assert said.err.count('\n') == 1 and said.err.startswith(f'{path}: left out') and said.out == ''
 
@@ -172,7 +220,7 @@ def fails(data, at):
 
 @pytest.mark.parametrize('packer', PACKERS)
 def test_the_offset_of_a_bad_byte_is_the_files(tmp_path, monkeypatch, packer):
-    monkeypatch.setattr(documents, 'BLOCK', 7)
+    monkeypatch.setattr(documents, 'READ_BYTES', 7)
     monkeypatch.setattr(documents, 'GUESSES', ['euc_jp'])  # in others this noise might be text
     for n in range(40):
         data = b'\xef\xbb\xbf' * (n % 2) + ('石' * 40).encode()[:3 * n] + b'\xff' + '石头'.encode()
@@ -180,7 +228,9 @@ def test_the_offset_of_a_bad_byte_is_the_files(tmp_path, monkeypatch, packer):
         assert f'byte 0xff at offset {3 * n + 3 * (n % 2)} ' in line
     cut = write(tmp_path / f'cut.txt{packer}', PACKERS[packer](b'a' * 40 + '石'.encode()[:2]))
     assert 'byte 0xe7 at offset 40 ' in exit_line(list, read_documents(cut))
-    line = exit_line(list, read_documents(write(tmp_path / f'x.jsonl{packer}', PACKERS[packer](b'{"text": "a"}\n{"text": "\xff"}'))))
+    line = exit_line(
+        list, read_documents(write(tmp_path / f'x.jsonl{packer}', PACKERS[packer](b'{"text": "a"}\n{"text": "\xff"}')))
+    )
     assert 'offset 24 ' in line
 
 # ----------------------------------------------------------------------------- encodings of real texts
@@ -190,7 +240,11 @@ def encoded(text, rng, encoding):
     """A text as it comes from Windows, or with English in it, or plain, without what the encoding does not have."""
     change = rng.choice(['plain', 'Windows', 'English', 'one line'])
     if change == 'English':
-        text = ''.join(c + rng.choice([' GPT-4 ', ' Chapter 12\n', 'http://a.b/?c=d', '1949']) * (c in '，。' and rng.random() < 0.4) for c in text)
+        text = ''.join(
+            c
+            + rng.choice([' GPT-4 ', ' Chapter 12\n', 'http://a.b/?c=d', '1949']) * (c in '，。' and rng.random() < 0.4)
+            for c in text
+        )
     if change == 'one line':
         text = ''.join(text.split())
     return (text.replace('\n', '\r\n') if change == 'Windows' else text).encode(encoding, 'ignore')
@@ -204,10 +258,18 @@ def test_real_texts(tmp_path, text):
     with open(os.path.join(MIRROR, text + ('.json' if traditional else '.txt')), encoding='utf-8', newline='') as f:
         text = f.read()
     if traditional:
-        text = '\n'.join(f'{poem["title"]}\n{poem["author"]}\n' + '\n'.join(poem['paragraphs']) for poem in json.loads(text)[:12_000])
+        text = '\n'.join(
+            f'{poem["title"]}\n{poem["author"]}\n' + '\n'.join(poem['paragraphs']) for poem in json.loads(text)[:12_000]
+        )
     rng = random.Random(text[:100])
-    names = {'gb18030': 'gb18030', 'utf-16-le': 'utf_16_le', 'utf-16-be': 'utf_16_be', 'utf-16': 'utf-16', 'utf-8': 'utf-8',
-             **({'cp950': 'big5hkscs', 'big5': 'big5hkscs'} if traditional else {})}
+    names = {
+        'gb18030': 'gb18030',
+        'utf-16-le': 'utf_16_le',
+        'utf-16-be': 'utf_16_be',
+        'utf-16': 'utf-16',
+        'utf-8': 'utf-8',
+        **({'cp950': 'big5hkscs', 'big5': 'big5hkscs'} if traditional else {}),
+    }
     for encoding, name in names.items():
         excerpts = [text] + [text[-n:] for n in (200, 1000, 5000)]
         excerpts += [text[at:at + n] for n in (200, 1000, 5000) for at in rng.sample(range(len(text) - n), 12)]
@@ -219,23 +281,35 @@ def test_real_texts(tmp_path, text):
 
 
 def a_text(rng):
-    return ''.join(rng.choices(['石头', 'a b', '\n', '\r\n', '\r', '🙂', '\\"', '\u2028', '\x85', '\x00', '记'], k=rng.randrange(9)))
+    return ''.join(
+        rng.choices(
+            ['石头', 'a b', '\n', '\r\n', '\r', '🙂', '\\"', '\u2028', '\x85', '\x00', '记'], k=rng.randrange(9)
+        )
+    )
 
 
-@pytest.mark.parametrize('packer', PACKERS)
-@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'gb18030', 'utf-16'])
+@pytest.mark.parametrize('encoding, packer', [
+    ('utf-8', ''), ('utf-8-sig', '.gz'), ('gb18030', '.bz2'), ('utf-16', '.xz'), ('utf-8', '.zst'), ('gb18030', ''),
+])
 def test_jsonl(tmp_path, monkeypatch, packer, encoding):
     """Lines end at line feeds alone, blocks anywhere; the text is what json says, its newlines too."""
     rng = random.Random(packer + encoding)
     for _ in range(20):
-        monkeypatch.setattr(documents, 'BLOCK', rng.randrange(1, 300))
+        monkeypatch.setattr(documents, 'READ_BYTES', rng.randrange(1, 300))
         texts = [SIMPLIFIED] + [a_text(rng) for _ in range(6)]
-        lines = ''.join(json.dumps({'id': 1, 'text': text}, ensure_ascii=rng.random() < 0.3) + rng.choice(['\n', '\r\n', '\n \n\n']) for text in texts)
-        lines = SIMPLIFIED.join(['{"text": "a", "note": "', '"}\n']).replace('\r\n', '') + lines  # so that there is something to guess by
-        documents._guess.cache_clear()
+        lines = ''.join(
+            json.dumps({'id': 1, 'text': text}, ensure_ascii=rng.random() < 0.3) + rng.choice(['\n', '\r\n', '\n \n\n'])
+            for text in texts
+        )
+        lines = (
+            SIMPLIFIED.join(['{"text": "a", "note": "', '"}\n']).replace('\r\n', '') + lines
+        )  # so that there is something to guess by
+        documents._guess_encoding.cache_clear()
         path = write(tmp_path / f'x.jsonl{packer}', PACKERS[packer](lines.rstrip().encode(encoding)))
         assert read(path) == ['a', *texts]
-        assert sum(piece is not None for piece in read_documents(path)) == 1 + sum(text != '' for text in texts)  # each whole
+        assert sum(piece is not None for piece in read_documents(path)) == 1 + sum(
+            text != '' for text in texts
+        )  # each whole
 
 
 def test_jsonl_half_a_character(tmp_path):
@@ -269,8 +343,12 @@ def test_parquet(tmp_path, kwargs):
 def test_parquet_types(tmp_path):
     pyarrow = pytest.importorskip('pyarrow')
     texts = ['石', '', None, 'b', '石'] * 50
-    columns = {'large': pyarrow.array(texts, pyarrow.large_string()), 'dictionary': pyarrow.array(texts).dictionary_encode(),
-               'bytes': pyarrow.array([b'\xff'] * 250), 'nulls': pyarrow.nulls(250)}
+    columns = {
+        'large': pyarrow.array(texts, pyarrow.large_string()),
+        'dictionary': pyarrow.array(texts).dictionary_encode(),
+        'bytes': pyarrow.array([b'\xff'] * 250),
+        'nulls': pyarrow.nulls(250),
+    }
     path = write_parquet(tmp_path / 'x.parquet', columns)
     assert read(path, 'large') == read(path, 'dictionary') == [text or '' for text in texts]
     assert read(path, 'nulls') == [''] * 250
@@ -278,7 +356,9 @@ def test_parquet_types(tmp_path):
 
 
 def test_bad_parquet(tmp_path):
-    whole = write_parquet(tmp_path / 'whole.parquet', {'text': [str(i) * 99 for i in range(9000)]}, use_dictionary=False)
+    whole = write_parquet(
+        tmp_path / 'whole.parquet', {'text': [str(i) * 99 for i in range(9000)]}, use_dictionary=False
+    )
     with open(whole, 'rb') as f:
         data = f.read()
     half = len(data) // 2
@@ -291,7 +371,10 @@ def test_bad_parquet(tmp_path):
 def test_a_missing_library(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     path = write(tmp_path / name, 'x')
-    assert exit_line(list, read_documents(path)).endswith(f'pip install {module}') and name in exit_line(list, read_documents(path))
+    assert exit_line(list, read_documents(path)).endswith(f'pip install {module}') and name in exit_line(
+        list, read_documents(path)
+    )
+
 
 # ----------------------------------------------------------------------------- compressed and large files
 
@@ -301,7 +384,9 @@ def test_damaged_archives(tmp_path, packer):
     data = random.Random(0).randbytes(60_000).hex().encode()
     packed = PACKERS[packer](data)
     half = len(packed) // 2
-    for number, damaged in enumerate((packed[:half], packed[:-1], packed[:half] + bytes(99) + packed[half + 99:], data)):
+    for number, damaged in enumerate(
+        (packed[:half], packed[:-1], packed[:half] + bytes(99) + packed[half + 99 :], data)
+    ):
         if packer == '.zst' and number == 2:
             continue  # without a checksum, which the tool writes and this library does not, a change may go unseen
         path = write(tmp_path / f'{number}.txt{packer}', damaged)
@@ -314,16 +399,18 @@ def test_archives_joined(tmp_path, packer):
     texts = ['石头记' * 200_000, 'a', SIMPLIFIED]
     path = write(tmp_path / f'x.txt{packer}', b''.join(PACKERS[packer](text.encode()) for text in texts))
     assert read(path) == [one_newline(''.join(texts))]
-    assert max(len(piece) for piece in read_documents(path) if piece) <= documents.BLOCK
+    assert max(len(piece) for piece in read_documents(path) if piece) <= documents.READ_BYTES
 
 
 @pytest.mark.parametrize('name', ['x.txt', 'x.jsonl', *(f'x.jsonl{packer}' for packer in PACKERS if packer)])
 def test_memory_stays_small(tmp_path, monkeypatch, name):
-    """A file of 6 MB, with 64 KB at a time: what Python holds is a small part of it; and the first text comes before the last is read."""
-    monkeypatch.setattr(documents, 'BLOCK', 1 << 16)
+    """Reading a file of 6 MB, 64 KB at a time, takes less than 1.5 MB of memory."""
+    monkeypatch.setattr(documents, 'READ_BYTES', 1 << 16)
     rng = random.Random(0)
     data = ''.join(json.dumps({'text': rng.randbytes(10_000).hex()}) + '\n' for _ in range(300))
-    pack = (lambda data: lzma.compress(data, preset=0)) if name.endswith('.xz') else PACKERS[name[7:]]  # its window is 8 MB otherwise
+    pack = (
+        (lambda data: lzma.compress(data, preset=0)) if name.endswith('.xz') else PACKERS[name[7:]]
+    )  # its window is 8 MB otherwise
     path = write(tmp_path / name, pack(data.encode()))
     tracemalloc.start()
     try:
@@ -339,10 +426,12 @@ def test_the_first_document_comes_first(tmp_path, monkeypatch):
     """Reading has not reached the end of the file when it yields its first text, once the encoding is known."""
     path = write(tmp_path / 'x.jsonl', '{"text": "first"}\n' + '{"text": "石头记"}\n' * 10_000)
     guess_encoding(path)
-    monkeypatch.setattr(documents, 'BLOCK', 1000)
+    monkeypatch.setattr(documents, 'READ_BYTES', 1000)
     read_so_far = []
     blocks = documents._blocks
-    monkeypatch.setattr(documents, '_blocks', lambda path: (block for block in blocks(path) if not read_so_far.append(len(block))))
+    monkeypatch.setattr(
+        documents, '_blocks', lambda path: (block for block in blocks(path) if not read_so_far.append(len(block)))
+    )
     assert next(read_documents(path)) == 'first' and sum(read_so_far) == 1000
 
 
@@ -350,8 +439,14 @@ def test_parquet_memory_stays_small(tmp_path):
     """A row group of 40 MB."""
     pyarrow = pytest.importorskip('pyarrow')
     rng = random.Random(0)
-    path = write_parquet(tmp_path / 'x.parquet', {'text': [rng.randbytes(20_000).hex() for _ in range(1000)]}, compression='none',
-                         use_dictionary=False, row_group_size=1000, write_batch_size=32)
+    path = write_parquet(
+        tmp_path / 'x.parquet',
+        {'text': [rng.randbytes(20_000).hex() for _ in range(1000)]},
+        compression='none',
+        use_dictionary=False,
+        row_group_size=1000,
+        write_batch_size=32,
+    )
     before = pyarrow.total_allocated_bytes()
     peak = max(pyarrow.total_allocated_bytes() - before for _ in read_documents(path))
     assert os.path.getsize(path) > 40_000_000 and peak < 20_000_000
@@ -360,7 +455,10 @@ def test_parquet_memory_stays_small(tmp_path):
 def test_what_the_system_says(tmp_path):
     (tmp_path / 'folder.txt').mkdir()
     path = str(tmp_path / 'folder.txt')
-    assert exit_line(list, read_documents([path])).startswith(f'{path}: Is a directory; expected a .txt') or os.name == 'nt'
+    assert (
+        exit_line(list, read_documents([path])).startswith(f'{path}: Is a directory; expected a .txt')
+        or os.name == 'nt'
+    )
     gone = str(tmp_path / 'gone.txt')
     assert exit_line(list, read_documents([gone])).startswith(f'{gone}: No such file')
 

@@ -1,4 +1,4 @@
-"""Corpora of the Hugging Face hub, from a stand-in of it on this machine: what is fetched, from where, and what is said when nothing can be."""
+"""Corpora of the Hugging Face hub, from a local stand-in: files downloaded, their sources, error messages."""
 import hashlib
 import http.server
 import json
@@ -32,7 +32,11 @@ NO_PROXY = {'no_proxy': '127.0.0.1', 'NO_PROXY': '127.0.0.1'}
 
 def articles(number):
     """The documents of a corpus's file of this number."""
-    return [f'Article {number}.{i}: the quick brown fox, 第{number}卷第{i}回，满纸荒唐言。\n\nMore of it, and more of it still.' for i in range(20)]
+    return [
+        f'Article {number}.{i}: the quick brown fox, 第{number}卷第{i}回，满纸荒唐言。\n\n'
+        'More of it, and more of it still.'
+        for i in range(20)
+    ]
 
 
 def write_parquet(path, texts):
@@ -44,7 +48,7 @@ def write_parquet(path, texts):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with the three corpora, each of three files: its url, and what it was asked for. `broken`: a file that it does not deliver."""
+    """A hub with the three corpora of three files each: its url, the requests. `broken`: a file that it does not send."""
     files = {}
     for repo, pattern in SCRIPTS.values():
         for number in (2, 0, 1):  # a hub need not sort them
@@ -61,7 +65,9 @@ def hub(tmp_path):
             if path.startswith('/api/datasets/'):
                 prefix = f'/datasets/{path.removeprefix("/api/datasets/")}/resolve/main/'
                 siblings = [{'rfilename': file.removeprefix(prefix)} for file in files if file.startswith(prefix)]
-                self.answer(json.dumps({'id': prefix, 'sha': COMMIT, 'siblings': siblings}).encode() if siblings else None)
+                self.answer(
+                    json.dumps({'id': prefix, 'sha': COMMIT, 'siblings': siblings}).encode() if siblings else None
+                )
             else:
                 self.answer(None if got.broken and path.endswith(got.broken) else files.get(path))
 
@@ -70,7 +76,11 @@ def hub(tmp_path):
         def answer(self, data):
             self.send_response(404 if data is None else 200)
             data = data or b''
-            for key, value in {'ETag': f'"{hashlib.sha1(data).hexdigest()}"', 'X-Repo-Commit': COMMIT, 'Content-Length': len(data)}.items():
+            for key, value in {
+                'ETag': f'"{hashlib.sha1(data).hexdigest()}"',
+                'X-Repo-Commit': COMMIT,
+                'Content-Length': len(data),
+            }.items():
                 self.send_header(key, str(value))
             if not data:
                 self.send_header('X-Error-Code', 'EntryNotFound')
@@ -91,7 +101,7 @@ def hub(tmp_path):
 
 @pytest.fixture
 def house(tmp_path):
-    """A copy of what the three scripts need: run(corpus, *arguments, **environment) in it, with an empty cache of the hub's files."""
+    """A copy of the three scripts with an empty hub cache: run(corpus, *arguments, **environment)."""
     root = tmp_path / 'house'
     for name in ('configurator.py', 'core', *(f'data/{corpus}/prepare.py' for corpus in SCRIPTS)):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -102,8 +112,18 @@ def house(tmp_path):
             shutil.copy(source, root / name)
 
     def run(corpus, *arguments, **env):
-        kept = {key: value for key, value in os.environ.items() if key != 'DATA_MIRROR' and not key.startswith(('HF_', 'HUGGING', 'TRANSFORMERS'))}
-        env = {**kept, **NO_PROXY, 'HF_HOME': str(tmp_path / 'hf_home'), 'XDG_CACHE_HOME': str(tmp_path / 'cache'), **env}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if key != 'DATA_MIRROR' and not key.startswith(('HF_', 'HUGGING', 'TRANSFORMERS'))
+        }
+        env = {
+            **kept,
+            **NO_PROXY,
+            'HF_HOME': str(tmp_path / 'hf_home'),
+            'XDG_CACHE_HOME': str(tmp_path / 'cache'),
+            **env,
+        }
         command = [sys.executable, str(root / 'data' / corpus / 'prepare.py'), *arguments]
         return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, encoding='utf-8')
     run.root = root
@@ -134,14 +154,16 @@ def here(monkeypatch, tmp_path):
 
 
 def documents_of(folder):
-    """The documents of a dataset folder: of each, what is in the training split and then what is in the validation split."""
+    """Return the documents of a dataset folder: the training part of each, followed by its validation part."""
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
     known = load_tokenizer(str(folder))
     parts = []
     for split in ('train', 'val'):
         ids = np.concatenate([np.fromfile(path, meta['dtype']) for path in sorted(folder.glob(f'{split}_*.bin'))])
         assert len(ids) == meta[split]['tokens'] and ids[-1] == known.eot
-        parts.append([known.decode(part[part != known.eot]) for part in np.split(ids, np.flatnonzero(ids == known.eot) + 1)[:-1]])
+        parts.append(
+            [known.decode(part[part != known.eot]) for part in np.split(ids, np.flatnonzero(ids == known.eot) + 1)[:-1]]
+        )
     return [train + val for train, val in zip(*parts, strict=True)]
 
 
@@ -163,7 +185,9 @@ def test_corpus_comes_from_the_hub(house, hub, corpus):
     folder = house.root / 'data' / corpus
     assert documents_of(folder) == [text for number in range(3) for text in articles(number)]
     assert len(list(folder.glob('train_*.bin'))) > 1
-    assert fetched(hub) == [pattern.format(number).rpartition('/')[2] for number in range(3)]  # once each, though read more than once
+    assert fetched(hub) == [
+        pattern.format(number).rpartition('/')[2] for number in range(3)
+    ]  # once each, though read more than once
     assert done.stdout.count(f'{corpus}: 3 files from {hub.url}/datasets/{repo}') == 1
     assert sum(path.startswith('/api/datasets/') for _, path in hub.asked) == 1
     assert 'next:\npython train.py config/train_' in done.stdout
@@ -172,20 +196,26 @@ def test_corpus_comes_from_the_hub(house, hub, corpus):
 def test_limit_fetches_the_first_file_only_and_the_cache_serves_offline(house, hub):
     done = house('wikipedia_zh', '--vocab_size=300', '--limit=12', HF_ENDPOINT=hub.url)
     assert done.returncode == 0, done.stderr
-    assert documents_of(house.root / 'data' / 'wikipedia_zh') == articles(0)[:12] and fetched(hub) == ['train-00000-of-00003.parquet']
+    assert documents_of(house.root / 'data' / 'wikipedia_zh') == articles(0)[:12] and fetched(hub) == [
+        'train-00000-of-00003.parquet'
+    ]
     asked = len(hub.asked)
     done = house('wikipedia_zh', '--vocab_size=300', HF_ENDPOINT=hub.url, HF_HUB_OFFLINE='1')
     assert done.returncode == 0 and len(hub.asked) == asked, done.stderr
     assert documents_of(house.root / 'data' / 'wikipedia_zh') == articles(0)
     assert 'wikipedia_zh: 1 files from ' in done.stdout and 'HF_HUB_OFFLINE is set' in done.stdout
-    done = house('wikipedia_zh', '--vocab_size=300', '--limit=21', HF_ENDPOINT=hub.url)  # what is there is not fetched again
+    done = house(
+        'wikipedia_zh', '--vocab_size=300', '--limit=21', HF_ENDPOINT=hub.url
+    )  # what is there is not fetched again
     assert done.returncode == 0 and fetched(hub) == ['train-00000-of-00003.parquet', 'train-00001-of-00003.parquet']
     assert documents_of(house.root / 'data' / 'wikipedia_zh') == articles(0) + articles(1)[:1]
 
 
 def test_own_files_come_before_the_hub(house, hub, tmp_path):
     write_parquet(tmp_path / 'mirror' / 'openwebtext' / 'b.parquet', articles(7))
-    (tmp_path / 'mirror' / 'openwebtext' / 'a.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in articles(6)), encoding='utf-8')
+    (tmp_path / 'mirror' / 'openwebtext' / 'a.jsonl').write_text(
+        '\n'.join(json.dumps({'text': text}) for text in articles(6)), encoding='utf-8'
+    )
     done = house('openwebtext', *BBPE, HF_ENDPOINT=hub.url, DATA_MIRROR=str(tmp_path / 'mirror'))
     assert done.returncode == 0, done.stderr
     assert documents_of(house.root / 'data' / 'openwebtext') == articles(6) + articles(7)
@@ -196,12 +226,17 @@ def test_own_files_come_before_the_hub(house, hub, tmp_path):
     assert not hub.asked
 
 
-@pytest.mark.parametrize('env, reason', [({'HF_ENDPOINT': 'http://127.0.0.1:9'}, 'refused'), ({'HF_HUB_OFFLINE': '1'}, 'cache')])
+@pytest.mark.parametrize('env, reason', [
+    ({'HF_ENDPOINT': 'http://127.0.0.1:9'}, 'refused'),
+    ({'HF_HUB_OFFLINE': '1'}, 'cache'),
+])
 def test_without_network_one_line(house, env, reason):
     started = time.monotonic()
     line = one_line(house('fineweb_edu', *BBPE, **env))
     assert time.monotonic() - started < 30
-    assert line.startswith('fineweb_edu: HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet cannot be had') and reason in line
+    assert (
+        line.startswith('fineweb_edu: HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet cannot be had') and reason in line
+    )
     assert '--input=FOLDER' in line and 'DATA_MIRROR' in line
     assert os.listdir(house.root / 'data' / 'fineweb_edu') == ['prepare.py']
 
@@ -216,15 +251,21 @@ def test_a_hub_that_never_answers(here, monkeypatch):
 
 
 def test_what_the_hub_lacks_is_named(here, hub, capsys):
-    assert [os.path.basename(path) for path in here(hub.url)] == [f'train-0000{number}-of-00003.parquet' for number in range(3)]
-    for repo, pattern, line in (('nobody/nothing', '*.parquet', r'nothing: nobody/nothing/\*.parquet cannot be had .*404'),
-                                ('wikimedia/wikipedia', '20231101.xx/*', 'wikipedia/20231101.xx/.* cannot be had .*no such file')):
+    assert [os.path.basename(path) for path in here(hub.url)] == [
+        f'train-0000{number}-of-00003.parquet' for number in range(3)
+    ]
+    for repo, pattern, line in (
+        ('nobody/nothing', '*.parquet', r'nothing: nobody/nothing/\*.parquet cannot be had .*404'),
+        ('wikimedia/wikipedia', '20231101.xx/*', 'wikipedia/20231101.xx/.* cannot be had .*no such file'),
+    ):
         with pytest.raises(SystemExit, match=line):
             next(fetch.hub_files(repo, pattern, 'nothing'))
     hub.broken = 'train-00001-of-00003.parquet'
     files = fetch.hub_files('wikimedia/wikipedia', '20231101.zh/*.parquet', 'zh')
     assert next(files).endswith('20231101.zh/train-00000-of-00003.parquet')
-    with pytest.raises(SystemExit, match='zh: wikimedia/wikipedia/20231101.zh/train-00001-of-00003.parquet cannot be had') as stopped:
+    with pytest.raises(
+        SystemExit, match='zh: wikimedia/wikipedia/20231101.zh/train-00001-of-00003.parquet cannot be had'
+    ) as stopped:
         next(files)
     assert '\n' not in stopped.value.code
     hub.broken = ''

@@ -1,5 +1,5 @@
 """
-Prepare your own text, in any of the usual formats and encodings, at any size: a dataset folder data/<name>.
+Prepare your own text, in any of the usual formats and encodings and of any size. Writes the dataset folder data/<name>.
 
     python data/any_text/prepare.py --input=my.txt --tokenizer=char
     python train.py config/train_shakespeare_char.py --dataset=my --out_dir=out-my
@@ -8,19 +8,20 @@ import os
 import re
 import sys
 
-sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository
 
 from core.files import find
 from core.text.prepare import prepare
 
-name = ''  # of the dataset folder; '': the name of the input without its endings
-_settings = 'core.text.prepare'  # has the other settings
+name = ''  # name of the dataset folder; '': the name of the input without its endings
+_settings = 'core.text.prepare'  # declares the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 if not input:
     sys.exit('no input given: python data/any_text/prepare.py --input=my.txt (or .jsonl, .parquet, a folder of these)')
-stem = re.sub(r'(?i)(\.txt|\.jsonl|\.parquet)?(\.gz|\.bz2|\.xz|\.zst)?$', '', os.path.basename(os.path.abspath(os.path.expanduser(input))))
-name = name or re.sub(r'[^\w.-]+', '-', stem).strip('.-')  # what --dataset takes without quotes
+base = os.path.basename(os.path.abspath(os.path.expanduser(input)))
+stem = re.sub(r'(?i)(\.txt|\.jsonl|\.parquet)?(\.gz|\.bz2|\.xz|\.zst)?$', '', base)
+name = name or re.sub(r'[^\w.-]+', '-', stem).strip('.-')  # no characters that a shell would want quoted
 if not name:
     sys.exit(f'input={input}: this gives no name for the dataset folder; choose one by --name=...')
 prepare(os.path.join(find('data'), name), input)

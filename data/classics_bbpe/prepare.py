@@ -1,20 +1,20 @@
 """
-Prepare the four classic novels, 红楼梦 三国演义 水浒传 西游记, in the tokens of a byte-level BPE (BBPE) that is trained on them.
-The texts are fetched if they are not here: from DATA_MIRROR or their URLs.
+Prepare the four classic novels, 红楼梦 三国演义 水浒传 西游记, with a byte-level BPE (BBPE) that is trained on them.
+Missing texts come from DATA_MIRROR or their URLs.
 """
 import os
 import sys
 
-sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository
 
 from classics import NOVELS, novel
 
 from core.text.prepare import LAPTOP, prepare
 
 tokenizer = 'bbpe'  # trained on these novels
-_settings = 'core.text.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # declares the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
-prepare(folder, input or (lambda: [novel(name, os.path.join(folder, 'input', f'{name}.txt')) for name in NOVELS]),
-        'python train.py config/train_classics_bbpe.py' + LAPTOP)
+source = input or (lambda: [novel(name, os.path.join(folder, 'input', f'{name}.txt')) for name in NOVELS])
+prepare(folder, source, 'python train.py config/train_classics_bbpe.py' + LAPTOP)

@@ -1,11 +1,11 @@
 """
-Prepare 红楼梦 for a character-level model: train.bin, val.bin and the vocabulary, in this folder.
-The text is fetched if it is not here: from DATA_MIRROR or its URL.
+Prepare 红楼梦 for a character-level model. Writes train.bin, val.bin and the vocabulary here.
+A missing text comes from DATA_MIRROR or its URL.
 """
 import os
 import sys
 
-sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository
 sys.path.append(os.path.join(sys.path[0], 'data', 'classics_bbpe'))  # the text comes from there
 
 from classics import novel
@@ -13,8 +13,9 @@ from classics import novel
 from core.text.prepare import LAPTOP, prepare
 
 tokenizer = 'char'  # every character is a token
-_settings = 'core.text.prepare'  # has the other settings
+_settings = 'core.text.prepare'  # declares the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
-prepare(folder, input or (lambda: novel('hongloumeng', os.path.join(folder, 'input.txt'))), 'python train.py config/train_hongloumeng_char.py' + LAPTOP)
+source = input or (lambda: novel('hongloumeng', os.path.join(folder, 'input.txt')))
+prepare(folder, source, 'python train.py config/train_hongloumeng_char.py' + LAPTOP)

@@ -1,21 +1,22 @@
 """
-Prepare 红楼梦 in the tokens of Qwen2, whose vocabulary is cut to the 9,793 ids that the novel needs (--prune=False: all 151,646).
-Qwen2's merges come from the Hugging Face hub or a package, and stay in ~/.cache/stonegpt.
-The text is fetched if it is not here: from DATA_MIRROR or its URL.
+Prepare 红楼梦 with Qwen2's tokenizer, pruned to the 9,793 ids that the novel needs (--prune=False: all 151,646).
+Qwen2's merges come from the Hugging Face hub or a package and are kept in ~/.cache/stonegpt.
+A missing text comes from DATA_MIRROR or its URL.
 """
 import os
 import sys
 
-sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository
 sys.path.append(os.path.join(sys.path[0], 'data', 'classics_bbpe'))  # the text comes from there
 
 from classics import novel
 
 from core.text.prepare import LAPTOP, prepare
 
-tokenizer = 'qwen2'  # cut to what the novel needs
-_settings = 'core.text.prepare'  # has the other settings
+tokenizer = 'qwen2'  # pruned to the ids that the novel needs
+_settings = 'core.text.prepare'  # declares the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
-prepare(folder, input or (lambda: novel('hongloumeng', os.path.join(folder, 'input.txt'))), 'python train.py config/train_hongloumeng_qwen2.py' + LAPTOP)
+source = input or (lambda: novel('hongloumeng', os.path.join(folder, 'input.txt')))
+prepare(folder, source, 'python train.py config/train_hongloumeng_qwen2.py' + LAPTOP)

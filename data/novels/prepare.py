@@ -1,5 +1,6 @@
 """
-Prepare a folder of your own novels, .txt files in any of the usual encodings, in the tokens of a byte-level BPE (BBPE) trained on them.
+Prepare a folder of your own novels, .txt files in any of the usual encodings, with a byte-level BPE (BBPE) trained
+on them.
 
     python data/novels/prepare.py --input=~/novels
     python train.py config/train_novels.py
@@ -7,13 +8,13 @@ Prepare a folder of your own novels, .txt files in any of the usual encodings, i
 import os
 import sys
 
-sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository, which has core/
+sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository
 
 from core.text.prepare import LAPTOP, prepare
 
 tokenizer = 'bbpe'  # trained on these novels
-vocab_size = 16384  # dozens of novels have words enough for so many ids
-_settings = 'core.text.prepare'  # has the other settings
+vocab_size = 16384  # dozens of novels have enough words for this many ids
+_settings = 'core.text.prepare'  # declares the other settings
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 if not input:
