@@ -134,14 +134,14 @@ def test_a_packed_row_computes_what_its_conversations_alone_do(folder, style):
         assert not torch.allclose(packed, model(X, Y))  # without the document mask
 
 
-def test_gradients_of_packed_rows_with_checkpointing(folder, monkeypatch):
+def test_gradients_of_packed_rows_with_checkpointing(folder):
     data = open_dataset(str(folder / 'sft'))
     model = tiny(rope_theta=10000.0)
     batch = next_token.load(data, 'train', next_token.document_rows(data, 32)[:3], 32)
     next_token.loss(model, batch).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    monkeypatch.setattr(GPT, 'gradient_checkpointing', True)
+    model.gradient_checkpointing = True
     next_token.loss(model, batch).backward()
     for p, gradient in zip(model.parameters(), gradients):
         torch.testing.assert_close(p.grad, gradient)
