@@ -13,21 +13,19 @@ import importlib
 import math
 import os
 import signal
-import sys
 import uuid
 
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from core.device import catch_signals, check_memory, reseed, setup, try_compile, warn_if_slow
+from core.device import catch_signals, check_memory, reseed, setup, to_device, try_compile, warn_if_slow
 from core.distributed import all_reduce, check_same_on_all_ranks, full_tensor, shard, shutdown
 from core.files import find
 from core.text.dataset import fingerprint, open_dataset
-from core.training import run_folder, settings
+from core.training import progress, run_folder, settings
 from core.training.evaluation import evaluate
 from core.training.log import Log, spike_detector
 from core.training.optimizer import configure_optimizer
-from core.training.progress import StepClock, describe_end, describe_evaluation, describe_run, describe_step
 from core.training.samples import encode_prompts, show_batch, show_samples
 from core.training.saver import Saver, save_weights
 from core.weights.checkpoint import build_model, describe, load_model
@@ -120,15 +118,10 @@ training = not eval_only
 
 # --- 1. device, precision and this rank's share of a step
 env = setup(device, dtype, backend, seed, training=True)  # from here on only rank 0 prints
-env.sharded = parallel == 'fsdp' and env.world_size > 1
-if env.sharded and env.dtype == 'float16':
-    sys.exit('parallel=fsdp: the loss is not scaled for float16 there; use --dtype=bfloat16 or float32')
+env.sharded = settings.is_sharded(parallel, env)
 total_rows = batch_size * gradient_accumulation_steps
-rows = settings.rows_per_rank(batch_size, gradient_accumulation_steps, env.world_size)
-micro_steps = math.ceil(rows / batch_size)
-while rows % micro_steps:  # micro-batches of equal size, at most batch_size rows
-    micro_steps += 1
-micro_rows = rows // micro_steps
+micro_steps, micro_rows = settings.split_rows(batch_size, gradient_accumulation_steps, env.world_size)
+rows = micro_steps * micro_rows  # of this rank
 
 # --- 2. objective and data
 objective_module = importlib.import_module(f'objectives.{objective}')
@@ -139,11 +132,6 @@ data_hash = fingerprint(data)
 out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
 start_from, launch = run_folder.resolve_init_from(init_from, out_dir, env)  # 'auto' becomes 'resume' or 'scratch'
 resuming = start_from == 'resume'
-iter_num = 0
-best_val_loss = math.inf
-run_id = uuid.uuid4().hex[:8]
-measured = {}  # the last evaluation
-skipped = 0  # steps with a loss or gradient that was not finite
 checkpoint = {}
 checkpoint_path = None
 weights_name = start_from  # for messages
@@ -164,29 +152,25 @@ elif resuming:
     model = build_model(checkpoint, checkpoint_path, env.device, dropout=dropout)
     weights_name = checkpoint_path
     weights_source = checkpoint
-    iter_num = checkpoint['iter_num']
-    best_val_loss = float(checkpoint['best_val_loss'])
-    run_id = checkpoint.get('run_id', run_id)
-    measured = checkpoint.get('measured', {})
-    skipped = checkpoint.get('skipped', 0)
     description = '' if model.lora else f': {describe(model)}'
-    print(f'resuming {checkpoint_path} at step {iter_num}{description}')
+    print(f'resuming {checkpoint_path} at step {checkpoint["iter_num"]}{description}')
 else:
     model, weights_source = load_model(start_from, dropout=dropout)
-    if block_size > model.config.block_size and 'block_size' in config_given:
-        sys.exit(f'--block_size={block_size}: {start_from} was trained with a context of {model.config.block_size}; '
-                 'lower it')
-    model.crop_block_size(min(block_size, model.config.block_size))
+    model.crop_block_size(settings.fit_block_size(block_size, model, start_from, config_given))
+iter_num = checkpoint.get('iter_num', 0)
+best_val_loss = float(checkpoint.get('best_val_loss', math.inf))
+measured = checkpoint.get('measured', {})  # the last evaluation
+skipped = checkpoint.get('skipped', 0)  # steps with a loss or gradient that was not finite
+run_id = checkpoint.get('run_id') or uuid.uuid4().hex[:8]
 model.gradient_checkpointing = gradient_checkpointing
 block_size = model.config.block_size
 if start_from != 'scratch':
     settings.check_against_checkpoint(model, weights_name, config, config_given)
 
 # --- 4. settings that follow from the model
-if config['n_embd'] == 0:  # Muon's learning rate is the same at any width
-    width_factor = (768 / model.config.n_embd)**0.5
-    learning_rate *= width_factor
-    min_lr *= width_factor
+width_factor = (768 / model.config.n_embd)**0.5 if config['n_embd'] == 0 else 1.0  # Muon's is the same at any width
+learning_rate *= width_factor
+min_lr *= width_factor
 tokens_per_iter = total_rows * block_size
 if max_iters == -1:
     max_iters = math.ceil(20 * model.num_params() / tokens_per_iter)
@@ -216,9 +200,6 @@ check_same_on_all_ranks({
 }, env)
 if resuming:
     print(settings.describe_changes(checkpoint, config, env.world_size, total_rows))
-    if iter_num >= max_iters and training:
-        print(f'nothing is left to do: {iter_num} steps are done, and max_iters={max_iters}; '
-              'raise --max_iters to go on')
 
 # --- 6. objective, optimizer, run folder
 model = model.to('cpu' if env.sharded else env.device)  # shards move to the device below
@@ -232,7 +213,6 @@ if env.sharded:
     model = shard(model, env)
 scaler = torch.amp.GradScaler(env.device_type, enabled=env.dtype == 'float16')  # does nothing unless enabled
 opt = None
-log = None
 if training:
     opt = configure_optimizer(model, optimizer, weight_decay, learning_rate, (beta1, beta2), muon_lr)
     if resuming:
@@ -249,13 +229,6 @@ if compile and training:
 if env.ddp and not env.sharded:
     device_ids = [env.device] if env.device_type == 'cuda' else None
     network = DDP(network, device_ids=device_ids, broadcast_buffers=False)
-params = list(model.parameters())
-
-
-def to_device(batch):
-    if env.device_type == 'cuda':  # copies from pinned memory overlap with computation
-        batch = [x.pin_memory() for x in batch]
-    return [x.to(env.device, non_blocking=True) for x in batch]
 
 
 def get_lr(it):
@@ -297,12 +270,11 @@ def state():
 
 # --- 8. the training loop
 rows_in_epoch = len(objective_module.fixed(data, 'train', -1, block_size)) if data.kind else None
-planned_iters = max_iters if training else None
-print(describe_run(env, data, micro_steps, micro_rows, block_size, total_rows, planned_iters, rows_in_epoch))
+print(progress.describe_run(
+    env, data, micro_steps, micro_rows, block_size, total_rows, max_iters if training else None, rows_in_epoch))
 if env.device_type == 'cpu' and training:
     warn_if_slow(model.flops_per_token() * tokens_per_iter * (max_iters - iter_num), env)
-if training and env.master:
-    log = Log(out_dir, objective_module.MEASURES, iter_num, config, run_id)
+log = Log(out_dir, objective_module.MEASURES, iter_num, config, run_id) if training and env.master else None
 saver = Saver(out_dir, env, log, keep_last, background_save, resumed_from=checkpoint_path, step=iter_num)
 signals = catch_signals(eval_only)
 spike = spike_detector()
@@ -310,14 +282,13 @@ if training:
     saver.reserve(state())
 first_iter = iter_num
 eval_windows = eval_iters * batch_size if eval_iters > 0 else -1
-clock = StepClock(iter_num)
+clock = progress.StepClock(iter_num)
 while True:
     last = iter_num >= max_iters
     if iter_num % eval_interval == 0 or last or eval_only:
-        numbers = evaluate(
-            objective_module, model, data, context, eval_windows, micro_rows, block_size, to_device, env)
+        numbers = evaluate(objective_module, model, data, context, eval_windows, micro_rows, block_size, env)
         measured = {'iter': iter_num, **numbers}
-        print(describe_evaluation(iter_num, numbers), flush=True)
+        print(progress.describe_evaluation(iter_num, numbers), flush=True)
         if log:
             log(iter_num, numbers)
         best = numbers.get('val_loss', math.inf) < best_val_loss
@@ -337,9 +308,8 @@ while True:
     starts = objective_module.draw(data, total_rows, block_size, seed, iter_num, data_order)
     if dropout:
         reseed((seed * 1_000_003 + iter_num) * 1009 + 1 + env.rank, env)
-    batches = []
-    for i in range(env.rank * rows, (env.rank + 1) * rows, micro_rows):
-        batches.append(objective_module.load(data, 'train', starts[i:i + micro_rows], block_size, context))
+    batches = [objective_module.load(data, 'train', starts[i:i + micro_rows], block_size, context)
+               for i in range(env.rank * rows, (env.rank + 1) * rows, micro_rows)]
     if prompts and iter_num == first_iter:
         show_batch(batches[0], data.tokenizer)
     local_divisor = sum(int(objective_module.divisor(batch)) for batch in batches)
@@ -356,12 +326,12 @@ while True:
         if isinstance(network, DDP):
             network.require_backward_grad_sync = i == len(batches) - 1  # average gradients once a step
         with env.ctx():
-            loss = objective_module.loss(network, to_device(batch))
+            loss = objective_module.loss(network, to_device(batch, env))
         scaler.scale(loss * (env.world_size / divisor)).backward()  # DDP averages over ranks, and we want the sum
         total_loss += loss.detach()
     scaler.unscale_(opt)
-    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf)).item()
-    save_due = env.master and saver.is_due(save_minutes)
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)).item()
+    save_due = env.master and saver.is_due(iter_num + 1, save_interval, save_minutes)
     # one all-reduce: the loss (sum), a signal (any rank), a save that is due (rank 0)
     lossf, stop, save_due = all_reduce([total_loss.item() / divisor, signals.signal or 0, save_due], env).tolist()
     if math.isfinite(lossf) and (scaler.is_enabled() or math.isfinite(grad_norm)):  # the scaler skips fp16 overflows
@@ -381,7 +351,7 @@ while True:
         numbers.update(ms=dt * 1000, tokens_per_s=tokens / dt)
         if env.peak_flops and not model.lora:  # flops_per_token() counts full training, so no MFU with LoRA
             numbers['mfu'] = model.flops_per_token() * tokens / dt / env.peak_flops / env.world_size
-        print(describe_step(iter_num, numbers, dt * (max_iters - iter_num - 1)), flush=True)
+        print(progress.describe_step(iter_num, numbers, dt * (max_iters - iter_num - 1)), flush=True)
         if log:
             log(iter_num, numbers)
     mean_before = spike(lossf)
@@ -390,8 +360,6 @@ while True:
               f'from {mean_before:.4f} in the steps before', flush=True)
     iter_num += 1
     evaluation_saves = iter_num % eval_interval == 0 or iter_num >= max_iters
-    if save_interval and iter_num % max(1, save_interval // 2) == 0:
-        save_due = True
     if stop or (save_due and not evaluation_saves):
         saver.save(state(), wait=save_interval == 1)
     if stop:
@@ -408,5 +376,5 @@ if training and env.master and iter_num >= max_iters:
 if iter_num > first_iter:
     script = 'chat.py' if data.kind else 'sample.py'
     next_command = '' if model.config.reward else f'python {script} --out_dir={out_dir}'
-    print(describe_end(iter_num - first_iter, clock.elapsed(), skipped, saver, best_val_loss, next_command))
+    print(progress.describe_end(iter_num - first_iter, clock.elapsed(), skipped, saver, best_val_loss, next_command))
 shutdown(env, 130 if signals.signal == signal.SIGINT else 0)

@@ -224,3 +224,10 @@ def explain(kind, error, traceback):
               'torchrun --max-restarts=3 starts all of them again, and they go on from the last checkpoint', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+def to_device(batch, env):
+    """Copy the tensors of a batch to the device. On CUDA, copies from pinned memory overlap with computation."""
+    if env.device_type == 'cuda':
+        batch = [x.pin_memory() for x in batch]
+    return [x.to(env.device, non_blocking=True) for x in batch]

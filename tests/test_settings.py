@@ -10,7 +10,7 @@ from core.training.settings import (
     check_heads,
     check_settings,
     describe_changes,
-    rows_per_rank,
+    split_rows,
 )
 
 GOOD = {
@@ -95,10 +95,16 @@ def test_checkpoint_contradicted():
 
 
 def test_changes_since_the_checkpoint():
-    before = {'config': {'max_iters': 3, 'out_dir': 'a'}, 'world_size': 1}
-    assert describe_changes(before, {'max_iters': 3, 'out_dir': 'b'}, 1, 6) == 'all settings as before'
-    line = describe_changes(before, {'max_iters': 8, 'out_dir': 'a'}, 2, 6)
+    before = {'config': {'max_iters': 3, 'out_dir': 'a'}, 'world_size': 1, 'iter_num': 3}
+    after = {'max_iters': 8, 'out_dir': 'b', 'eval_only': False}
+    line = describe_changes(before, after, 2, 6)
     assert line == 'not as before: max_iters 3 -> 8; processes 1 -> 2, which share the same 6 rows a step'
+    after['max_iters'] = 3
+    line, nothing_left = describe_changes(before, after, 1, 6).splitlines()
+    assert line == 'all settings as before'
+    assert 'nothing is left' in nothing_left and '--max_iters' in nothing_left
+    after['eval_only'] = True
+    assert describe_changes(before, after, 1, 6) == line
 
 
 def test_data_that_cannot_be_drawn():
@@ -109,7 +115,9 @@ def test_data_that_cannot_be_drawn():
     assert '--block_size=31' in exit_line(check_data, short, 'short', 'random', 32)
 
 
-def test_rows_per_rank():
-    assert rows_per_rank(4, 3, 6) == 2
-    line = exit_line(rows_per_rank, 4, 1, 3)
+def test_split_rows():
+    assert split_rows(12, 40, 8) == (5, 12)
+    assert split_rows(4, 3, 6) == (1, 2)
+    assert split_rows(4, 5, 2) == (5, 2)  # 10 rows: 2 + 2 + 2 + 2 + 2, not 4 + 4 + 2
+    line = exit_line(split_rows, 4, 1, 3)
     assert all(name in line for name in ('batch_size=4', 'gradient_accumulation_steps=1', '3 processes')), line

@@ -1,13 +1,14 @@
 """Evaluation during training."""
 import torch
 
+from core.device import to_device
 from core.distributed import all_reduce
 
 EVAL_LOGITS = 2**18  # logits per rank and batch: small models evaluate many rows at once
 
 
 @torch.no_grad()
-def evaluate(objective_module, model, data, context, n_rows, micro_rows, block_size, to_device, env):
+def evaluate(objective_module, model, data, context, n_rows, micro_rows, block_size, env):
     """
     Return {'train_loss': ..., 'val_loss': ..., 'train_bpb': ...} on fixed rows, divided among the ranks.
     Uses no random state.
@@ -27,7 +28,7 @@ def evaluate(objective_module, model, data, context, n_rows, micro_rows, block_s
             # a rank without rows still runs a forward pass: FSDP's collectives need every rank
             batch = objective_module.load(data, split, mine if len(mine) else starts[:1], block_size, context)
             with env.ctx():
-                numbers = objective_module.measure(model, to_device(batch), data, context).cpu()
+                numbers = objective_module.measure(model, to_device(batch, env), data, context).cpu()
             if len(mine):
                 sums += numbers
         results[split] = all_reduce(sums, env).tolist()

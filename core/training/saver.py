@@ -151,8 +151,13 @@ class Saver:
         if self.failures > 1 or (self.failures and last):
             sys.exit(self.reason)
 
-    def is_due(self, minutes):
-        """Whether this many minutes have passed since the last checkpoint; 0: never."""
+    def is_due(self, step, interval, minutes):
+        """
+        Whether to save at this step: every half of `interval` steps, so that a crash loses at most `interval`, or when
+        so many minutes have passed since the last checkpoint. 0: never.
+        """
+        if interval and step % max(1, interval // 2) == 0:
+            return True
         return minutes > 0 and time.perf_counter() - self.saved_at > minutes * 60
 
     def exit_on_nonfinite(self, step, loss, grad_norm, resuming):

@@ -1,4 +1,5 @@
 """Checks of train.py's settings: their values, and their agreement with a checkpoint."""
+import math
 import sys
 
 from core.training.optimizer import OPTIMIZERS
@@ -68,14 +69,18 @@ def check_against_checkpoint(model, origin, config, given):
 
 
 def describe_changes(checkpoint, config, world_size, total_rows):
-    """Return a line that says which settings differ from those in the checkpoint."""
+    """Return a line that says which settings differ from those in the checkpoint, and one if no step is left."""
     before = checkpoint.get('config', {})
     processes = checkpoint.get('world_size')
     changes = [f'{key} {before[key]} -> {value}' for key, value in config.items()
                if before.get(key, value) != value and key not in ('init_from', 'out_dir')]
     if processes not in (None, world_size):
         changes.append(f'processes {processes} -> {world_size}, which share the same {total_rows} rows a step')
-    return 'not as before: ' + '; '.join(changes) if changes else 'all settings as before'
+    line = 'not as before: ' + '; '.join(changes) if changes else 'all settings as before'
+    done, max_iters = checkpoint['iter_num'], config['max_iters']
+    if done >= max_iters and not config['eval_only']:
+        line += f'\nnothing is left to do: {done} steps are done, and max_iters={max_iters}; raise --max_iters to go on'
+    return line
 
 
 def check_same_data(checkpoint, path, dataset, data_hash):
@@ -95,10 +100,33 @@ def check_data(data, dataset, data_order, block_size):
                  f'{data.shortest}; use --block_size={max(data.shortest - 1, 1)} or less')
 
 
-def rows_per_rank(batch_size, gradient_accumulation_steps, world_size):
-    """Return how many rows of a step each rank processes. Exits if the rows cannot be divided evenly."""
+def fit_block_size(block_size, model, origin, given):
+    """Return the context to use with loaded weights: theirs, or a shorter one. Exits if a longer one was given."""
+    if block_size > model.config.block_size and 'block_size' in given:
+        sys.exit(f'--block_size={block_size}: {origin} was trained with a context of {model.config.block_size}; '
+                 'lower it')
+    return min(block_size, model.config.block_size)
+
+
+def is_sharded(parallel, env):
+    """Whether the model is sharded over the ranks (FSDP). Exits for float16, whose loss is not scaled there."""
+    sharded = parallel == 'fsdp' and env.world_size > 1
+    if sharded and env.dtype == 'float16':
+        sys.exit('parallel=fsdp: the loss is not scaled for float16 there; use --dtype=bfloat16 or float32')
+    return sharded
+
+
+def split_rows(batch_size, gradient_accumulation_steps, world_size):
+    """
+    Divide the rows of a step among the ranks. Return how many micro-batches each rank processes, and the rows in each:
+    equal numbers, at most batch_size. Exits if the rows cannot be divided evenly.
+    """
     rows = batch_size * gradient_accumulation_steps
     if rows % world_size:
         sys.exit(f'batch_size={batch_size} * gradient_accumulation_steps={gradient_accumulation_steps} = {rows} rows '
                  f'cannot be shared out evenly over {world_size} processes; change one of the three')
-    return rows // world_size
+    rows //= world_size
+    micro_steps = math.ceil(rows / batch_size)
+    while rows % micro_steps:
+        micro_steps += 1
+    return micro_steps, rows // micro_steps
