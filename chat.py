@@ -121,7 +121,9 @@ def answer(model, tok, ids, settings, *number):
     Print the answer while it is generated, with a seed of settings['seed'] and `number`. Returns its text and its
     finish_reason, None if Ctrl-C ended it; with --prompt, Ctrl-C ends the script.
     """
-    text, reason, n_tokens = '', None, 0
+    text = ''
+    reason = None
+    n_tokens = 0
     sampling = {**settings, 'seed': [settings['seed'], *number]}
     try:
         for new_text, finish_reason in stream_reply(model, tok, ids, **sampling):

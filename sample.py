@@ -233,7 +233,9 @@ if compile:
     try_compile(model, env, rows)
 print_cache_size(model, rows, slots=min(model.config.block_size, longest_prompt + max_new_tokens))
 
-records, interrupted, started = [], False, time.perf_counter()
+records = []
+interrupted = False
+started = time.perf_counter()
 try:
     if interactive:
         continue_lines(model, tok, copies, records)

@@ -109,7 +109,9 @@ def read_arguments(script, own, arguments, verbose):
     config files may use them; those of modules wait until the objective is certain.
     """
     accepted = script.get('OTHER_ARGUMENTS')
-    others, overrides, rest = [], [], list(arguments)
+    others = []
+    overrides = []
+    rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         if argument.startswith('--'):
