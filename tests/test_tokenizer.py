@@ -171,7 +171,8 @@ def test_characters_of_each_token(bpe, char):
 
 def test_what_can_follow_is_what_stays_utf8(bpe, char):
     """Compared with trying all bytes that could complete a character; a random walk through these ids decodes."""
-    ends = [b''.join(end) for n in range(4) for end in itertools.product([b'\x80', b'\x90', b'\xa0', b'\xbf'], repeat=n)]
+    continuation = [b'\x80', b'\x90', b'\xa0', b'\xbf']
+    ends = [b''.join(end) for n in range(4) for end in itertools.product(continuation, repeat=n)]
 
     def could_be_text(data):
         return any((data + end).decode('utf-8', 'replace').encode() == data + end for end in ends)
