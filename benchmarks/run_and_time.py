@@ -2,11 +2,11 @@
 Run a train.py, ours or nanoGPT's, as `python train.py ...` would, and stop it after some steps. bench.py starts this in
 a process of its own (common.time_train):
 
-    python benchmarks/run_and_time.py '{"folder": "...", "result": "x.json", ...}' config/train_gpt2.py --seed=2
+    python benchmarks/run_and_time.py '{"folder": "...", "result": "out.json", ...}' config/train_gpt2.py --batch_size=8
 
-A step is recognised by the line `iter N: ... time Xms` that train.py prints. The file `result` gets a JSON object: times
-(ms of each timed step), memory (bytes), parameters, tokens (per step); for our train.py also flops (per step), device,
-dtype, config, folder and vocab_size (of the dataset); with a trace its most expensive operations.
+A step is recognised by the line `iter N: ... time Xms` that train.py prints. The file `result` gets a JSON object:
+times (ms of each timed step), memory (bytes), parameters, tokens (per step); for our train.py also flops (per step),
+device, dtype, config, folder and vocab_size (of the dataset); with a trace its most expensive operations.
 """
 import builtins
 import json
