@@ -369,8 +369,11 @@ MUON = ['--optimizer=muon', '--n_layer=3', '--gradient_checkpointing=True', '--t
         '--qk_norm=True']
 
 
-@pytest.mark.parametrize('style', [[], pytest.param(MUON, marks=pytest.mark.slow)], ids=['adamw', 'muon-checkpointing'])
-def test_sharded(style, tiny_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize('style, processes', [
+    pytest.param([], [3], id='adamw'),
+    pytest.param(MUON, [3, 2], id='muon-checkpointing', marks=pytest.mark.slow),
+])
+def test_sharded(style, processes, tiny_data, tmp_path, monkeypatch):
     """
     FSDP on three processes, some of whose shards are empty or uneven, equals one process. Its checkpoints have full
     tensors, and resume on any number of processes.
@@ -380,12 +383,12 @@ def test_sharded(style, tiny_data, tmp_path, monkeypatch):
     args = ['--eval_iters=-1', '--eval_interval=4', '--batch_size=6', '--n_embd=40', '--n_head=2', *style]
     one, several = tmp_path / 'one', tmp_path / 'several'
     train(tiny_data, one, *args, '--max_iters=12')
-    for n, steps, init_from in ((3, 8, 'scratch'), (2, 10, 'resume')):
+    for i, n in enumerate(processes):
         finish(torchrun('--standalone', f'--nproc_per_node={n}', script, *TINY, f'--dataset={tiny_data}',
-                        f'--out_dir={several}', *args, '--parallel=fsdp', f'--max_iters={steps}',
-                        f'--init_from={init_from}'))
+                        f'--out_dir={several}', *args, '--parallel=fsdp', f'--max_iters={[8, 10][i]}',
+                        f'--init_from={["scratch", "resume"][i]}'))
     out = train(tiny_data, several, *args, '--max_iters=12', '--init_from=resume').out
-    assert 'processes 2 -> 1, which share the same 6 rows a step' in out
+    assert f'processes {processes[-1]} -> 1, which share the same 6 rows a step' in out
     assert 'parallel fsdp -> ddp' in out
     assert_close_runs(one, several, loss=2e-6, weights=2e-5)
 
