@@ -414,7 +414,7 @@ def test_full_disk(own_run, tiny_data, name, limit):
     checkpoint_before = (own_run / 'ckpt.pt').read_bytes()
     resume = [*TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--max_iters=6']
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # larger files cannot be written; Python ignores SIGXFSZ
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # larger files fail; Python ignores SIGXFSZ
     try:
         refuse('train.py', *resume, names=[own_run / name, os.strerror(errno.EFBIG)], warnings=int(name == 'ckpt.pt'))
     finally:
