@@ -370,8 +370,8 @@ def test_a_tokenizer_of_the_same_size(own_run, tmp_path, start):
 
 def test_resume_with_another_optimizer(own_run, tiny_data):
     """Muon cannot use AdamW's moments."""
-    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--optimizer=muon',
-           names=[own_run / 'ckpt.pt', 'optimizer is not muon', '--init_from='], folder=own_run)
+    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume',
+           '--optimizer=muon', names=[own_run / 'ckpt.pt', 'optimizer is not muon', '--init_from='], folder=own_run)
 
 
 def test_resume_yields_to_the_checkpoint(own_run, tiny_data, tmp_path):
@@ -414,7 +414,7 @@ def test_full_disk(own_run, tiny_data, name, limit):
     checkpoint_before = (own_run / 'ckpt.pt').read_bytes()
     resume = [*TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--max_iters=6']
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # larger files fail; Python ignores SIGXFSZ
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # for larger files, write() fails
     try:
         refuse('train.py', *resume, names=[own_run / name, os.strerror(errno.EFBIG)], warnings=int(name == 'ckpt.pt'))
     finally:
