@@ -6,7 +6,8 @@ Plot the curves of one or more runs, from their log.csv, to a picture.
     python plot.py out-a nanogpt.txt --x=time                       # also the saved output of nanoGPT's train.py
     python plot.py out-dpo out-grpo --y=val_loss,val_reward,val_kl  # a panel per column, with the runs that have it
 
-A run is its folder, its log.csv, or a file with the printed lines of nanoGPT's train.py or of this one. Needs matplotlib.
+A run is its folder, its log.csv, or a file with the printed output of train.py or of nanoGPT's train.py.
+Needs matplotlib.
 """
 import csv
 import difflib

@@ -1,9 +1,12 @@
 """
-Runs a train.py, ours or nanoGPT's, as `python train.py ...` would, and stops it after some steps; bench.py starts this in a process of its own:
+Run a train.py, ours or nanoGPT's, as `python train.py ...` would, and stop it after some steps. bench.py starts this in
+a process of its own (common.time_train):
 
     python benchmarks/run_and_time.py '{"folder": "...", "result": "out.json", ...}' config/train_gpt2.py --batch_size=8
 
-A step is known by the line that train.py prints about it. The file `result` gets the milliseconds of each and what else there is to know.
+A step is recognised by the line `iter N: ... time Xms` that train.py prints. The file `result` gets a JSON object:
+times (ms of each timed step), memory (bytes), parameters, tokens (per step); for our train.py also flops (per step),
+device, dtype, config, folder and vocab_size (of the dataset); with a trace its most expensive operations.
 """
 import builtins
 import json
@@ -11,37 +14,46 @@ import math
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 import torch
 
-job = json.loads(sys.argv[1])  # folder (of train.py), result, skip (steps before those that count), steps (that count), seconds (or fewer, then), trace (a path or ''), bare
+# folder: of train.py. result: file to write. skip: first steps, not timed. steps: timed steps. seconds: fewer steps, at
+# least 3, if they take longer. trace: file of the profiler, or ''. bare: train without what protects a run.
+job = json.loads(sys.argv[1])
 script = os.path.join(job['folder'], 'train.py')
 sys.argv[:2] = [script]
 sys.path[0] = job['folder']
-activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
-profiler = torch.profiler.profile(activities=activities) if job['trace'] else None
-times = []
+times = []  # ms of every step
+profiler = None
+if job['trace']:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    profiler = torch.profiler.profile(activities=activities)
 
 
-def watched(*args, **kwargs):
-    """print, as train.py sees it."""
+def timing_print(*args, **kwargs):
+    """The print() of train.py. Collects the times of the steps, starts the profiler, and exits after the last step."""
     builtins.print(*args, **kwargs)
-    step = re.match(r'iter \d+: .*?time ([\d.]+)ms', str(args[0]) if args else '')
-    if step:
-        times.append(float(step[1]))
-        timed = len(times) - job['skip']
-        if timed == job['steps'] or timed >= 3 and sum(times[job['skip']:]) > job['seconds'] * 1000:
-            sys.exit()
-        if profiler and timed == 0:
-            profiler.start()
+    step = re.match(r'iter \d+: .*?time ([\d.]+)ms', str(args[0])) if args else None
+    if not step:
+        return
+    times.append(float(step[1]))
+    timed = times[job['skip']:]
+    too_long = len(timed) >= 3 and sum(timed) > job['seconds'] * 1000
+    if len(timed) == job['steps'] or too_long:
+        sys.exit()
+    if profiler and len(times) == job['skip']:
+        profiler.start()
 
 
 def peak_memory():
-    """The most bytes that this process has held, on the GPU if it used one; None where the system does not tell."""
+    """Return the largest number of bytes that this process held, on the GPU if it used one. None if unknown."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     try:
-        with open('/proc/self/status', encoding='utf-8') as f:  # ru_maxrss would count what the parent held when it forked
+        with open('/proc/self/status', encoding='utf-8') as f:  # ru_maxrss would include the parent before the fork
             return int(re.search(r'VmHWM:\s+(\d+)', f.read())[1]) * 1024
     except (OSError, TypeError):
         try:
@@ -51,44 +63,57 @@ def peak_memory():
             return None
 
 
-def operations():
-    """The ten operations that took most time themselves: [[name, calls, ms, share]]."""
+def expensive_operations():
+    """Return [[name, calls, ms, share]] of the ten operations with the longest time of their own."""
     events = profiler.key_averages()
     on_gpu = any(event.self_device_time_total for event in events)
-    if on_gpu:  # its kernels, not those who called them
+    if on_gpu:  # kernels, not the operations that launched them
         events = [event for event in events if event.device_type != torch.autograd.DeviceType.CPU]
-    costs = [event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events]
-    ten = sorted(zip(costs, range(len(events))), reverse=True)[:10]
-    return [[events[i].key, events[i].count, cost / 1000, cost / sum(costs)] for cost, i in ten]
+    costs = [event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events]  # microseconds
+    total = sum(costs)
+    longest = sorted(range(len(events)), key=costs.__getitem__, reverse=True)[:10]
+    return [[events[i].key, events[i].count, costs[i] / 1000, costs[i] / total] for i in longest]
 
 
-if job['bare']:  # the same loop without looking after it: nothing saved, no jumps of the loss, no signals
-    sys.path.insert(0, job['folder'])
-    from types import SimpleNamespace
-
+def make_bare():
+    """Baseline for --what=trust: the loop without checkpoints, spike detection and signal handlers."""
     import core.device
     import core.training.log
     import core.training.saver
     core.training.saver.Saver.save = core.training.saver.Saver.reserve = lambda *args, **kwargs: None
     core.training.log.spike_detector = lambda: lambda loss: None
     core.device.catch_signals = lambda nothing_to_save: SimpleNamespace(signal=None)
-space = {'__name__': '__main__', '__file__': script, 'print': watched}
+
+
+if job['bare']:
+    make_bare()
+space = {'__name__': '__main__', '__file__': script, 'print': timing_print}  # the globals of train.py
 try:
     with open(script, encoding='utf-8') as f:
         exec(compile(f.read(), script, 'exec'), space)
 except SystemExit as end:
     if end.code:
         raise
-result = {'times': times[job['skip']:], 'memory': peak_memory(), 'parameters': sum(p.numel() for p in space['model'].parameters()), 'tokens': space['tokens_per_iter']}
-env = space.get('env', space.get('run'))  # nanoGPT's train.py has neither
-if env:
+
+model = space['model']
+tokens = space['tokens_per_iter']
+result = {
+    'times': times[job['skip']:],
+    'memory': peak_memory(),
+    'parameters': sum(p.numel() for p in model.parameters()),
+    'tokens': tokens,
+}
+if 'env' in space:  # our train.py
+    env = space['env']
     data = space['data']
-    known = math.nan if getattr(space['model'], 'lora', None) else 1  # where not all is trained, other operations are spent
-    result.update(flops=known * space['model'].flops_per_token() * space['tokens_per_iter'], device=env.device, dtype=env.dtype,
-                  config=space['config'], folder=os.path.abspath(data.folder), vocab_size=data.vocab_size)
+    flops = model.flops_per_token() * tokens
+    result.update(
+        flops=math.nan if model.lora else flops,  # flops_per_token() counts full training
+        device=env.device, dtype=env.dtype, config=space['config'],
+        folder=os.path.abspath(data.folder), vocab_size=data.vocab_size)
 if profiler and len(times) > job['skip']:
     profiler.stop()
     profiler.export_chrome_trace(job['trace'])
-    result['operations'] = operations()
+    result['operations'] = expensive_operations()
 with open(job['result'], 'w', encoding='utf-8') as f:
     json.dump(result, f)

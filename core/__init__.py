@@ -1,5 +1,10 @@
-"""Shared by the scripts. Files here need only torch and model.py; text/, weights/, inference/ and training/ build on them.
+"""
+Code that the scripts share. The files of this folder need only torch and model.py. The four packages build on them:
+text/, weights/, inference/ and training/.
 
-Every function of core/ that meets bad input ends the script with one line: sys.exit('what was given; what was expected; what to do').
-Imports run one way: scripts, objectives, training, inference and weights, text, the files of this folder, model.py, kernels.py.
+A function that gets bad input ends the script with one line: sys.exit('what was given; what was expected; what to do').
+Docstrings call this "exits if ...".
+
+Imports run downwards (tests/test_structure.py): scripts, objectives, training, weights and inference, text, the files
+of this folder, model.py, kernels.py.
 """

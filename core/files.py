@@ -1,4 +1,4 @@
-"""Paths, and writing files whole or not at all."""
+"""Find paths, and write files and folders atomically: either completely or not at all."""
 import os
 import shutil
 from contextlib import contextmanager
@@ -7,18 +7,27 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the reposi
 
 
 def find(path):
-    """`path` with ~ expanded if it exists from the caller's folder, else the same path in the repository if that exists, else as given."""
+    """
+    Expand ~ and return the path. If it does not exist relative to the working directory but does in the repository,
+    return the path in the repository.
+    """
     path = os.path.expanduser(path)
-    inside = os.path.join(ROOT, path)
-    return inside if not os.path.exists(path) and os.path.exists(inside) else path
+    in_repository = os.path.join(ROOT, path)
+    if not os.path.exists(path) and os.path.exists(in_repository):
+        return in_repository
+    return path
 
 
 @contextmanager
 def atomic(path, mode='wb', **kwargs):
-    """Open a temporary file beside `path` to write to; on success it takes the name `path`, on any error it goes and what was there stays."""
+    """
+    Open a temporary file beside `path` for writing. On success it is renamed to `path`. On an error it is removed, and
+    an existing file stays unchanged. kwargs: passed to open().
+    """
     temporary = f'{path}.tmp{os.getpid()}'
+    encoding = None if 'b' in mode else 'utf-8'
     try:
-        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8', **kwargs) as f:
+        with open(temporary, mode, encoding=encoding, **kwargs) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -30,8 +39,12 @@ def atomic(path, mode='wb', **kwargs):
 
 @contextmanager
 def atomic_folder(path):
-    """Make a temporary folder beside `path` to write in; on success it takes the name `path`, on any error it goes and what was there stays."""
-    temporary, old = f'{path}.tmp{os.getpid()}', f'{path}.old{os.getpid()}'
+    """
+    Make a temporary folder beside `path` and yield its name. On success it is renamed to `path` and replaces an
+    existing folder. On an error it is removed, and an existing folder stays unchanged.
+    """
+    temporary = f'{path}.tmp{os.getpid()}'
+    old = f'{path}.old{os.getpid()}'
     try:
         os.makedirs(temporary)
         yield temporary

@@ -1,4 +1,4 @@
-"""Finding: a download, a mirror, a package, and all that can go wrong with each."""
+"""fetch(): from a URL, a mirror or a package, and everything that can go wrong with each."""
 import hashlib
 import http.server
 import os
@@ -12,13 +12,22 @@ from conftest import exit_line, write
 from core.text import download as module
 from core.text.download import fetch
 
-NO_NETWORK = {'http_proxy': 'http://127.0.0.1:9', 'https_proxy': 'http://127.0.0.1:9', 'no_proxy': '', 'PIP_NO_INDEX': '1',
-              'PIP_FIND_LINKS': '', 'PIP_CONFIG_FILE': os.devnull}
+NO_NETWORK = {
+    'http_proxy': 'http://127.0.0.1:9',
+    'https_proxy': 'http://127.0.0.1:9',
+    'no_proxy': '',
+    'PIP_NO_INDEX': '1',
+    'PIP_FIND_LINKS': '',
+    'PIP_CONFIG_FILE': os.devnull,
+}
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A local web server that answers with server.answers in turn (status, body, promised length); server.asked has the paths."""
+    """
+    A local web server: url; answers, its next responses [(status, body, announced length), ...]; asked, the paths of
+    the requests.
+    """
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             web.asked.append(self.path)
@@ -31,7 +40,9 @@ def server(monkeypatch):
         def log_message(self, *args):
             pass
     web = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    web.url, web.asked, web.answers = f'http://127.0.0.1:{web.server_port}', [], []
+    web.url = f'http://127.0.0.1:{web.server_port}'
+    web.asked = []
+    web.answers = []
     threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True).start()
     for name in ('DATA_MIRROR', 'HF_ENDPOINT', 'http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'):
         monkeypatch.delenv(name, raising=False)
@@ -47,7 +58,7 @@ GOOD = 200, BODY, len(BODY)
 
 
 def test_a_download_is_tried_again(server, tmp_path, capsys):
-    server.answers = [(503, b'', 0), (200, BODY[:5], len(BODY)), GOOD]  # busy, broken off, whole
+    server.answers = [(503, b'', 0), (200, BODY[:5], len(BODY)), GOOD]  # busy, broken off, complete
     fetch(str(tmp_path / 'new' / 'input.txt'), 'x.txt', SHA256, server.url + '/x.txt')
     assert (tmp_path / 'new' / 'input.txt').read_bytes() == BODY and len(server.asked) == 3
     assert f'x.txt: from {server.url}/x.txt' in capsys.readouterr().out
@@ -92,17 +103,19 @@ def test_a_silent_server_is_not_waited_for(tmp_path, monkeypatch):
     for name in ('DATA_MIRROR', 'http_proxy', 'HTTP_PROXY'):
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(('127.0.0.1', 0)) as silent:  # takes connections and says nothing
-        assert '127.0.0.1' in exit_line(fetch, str(tmp_path / 'a'), 'x.txt', SHA256, f'http://127.0.0.1:{silent.getsockname()[1]}/')
+        url = f'http://127.0.0.1:{silent.getsockname()[1]}/'
+        assert '127.0.0.1' in exit_line(fetch, str(tmp_path / 'a'), 'x.txt', SHA256, url)
 
 
 def test_a_package(server, tmp_path, monkeypatch):
-    """Whatever pip finds: checked, read, not installed. The wheel is made here; pip takes it from a folder."""
+    """What pip finds is checked and read, but not installed. The wheel is made here; pip takes it from a folder."""
     wheel = tmp_path / 'wheels' / 'some_text-1.0-py3-none-any.whl'
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, 'w') as z:
         z.writestr('some_text/x.txt', BODY)
         z.writestr('some_text-1.0.dist-info/METADATA', 'Metadata-Version: 2.1\nName: some-text\nVersion: 1.0\n')
-        z.writestr('some_text-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        z.writestr('some_text-1.0.dist-info/WHEEL',
+                   'Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
         z.writestr('some_text-1.0.dist-info/RECORD', '')
     for name, value in {**NO_NETWORK, 'PIP_FIND_LINKS': str(wheel.parent)}.items():
         monkeypatch.setenv(name, value)
@@ -122,7 +135,7 @@ def test_a_package(server, tmp_path, monkeypatch):
 
 
 def test_what_a_url_serves_is_converted(server, tmp_path):
-    """The whole of it, once, though it came in two tries; the sha256 is that of the result."""
+    """The complete file is converted, once, after two tries; the sha256 is that of the result."""
     seen = []
 
     def convert(data):
@@ -137,7 +150,8 @@ def test_what_a_url_serves_is_converted(server, tmp_path):
     line = exit_line(fetch, str(tmp_path / 'b'), 'x.txt', hashlib.sha256(raw).hexdigest(), server.url, convert)
     assert 'sha256' in line and os.listdir(tmp_path) == ['a']
     server.answers = [GOOD]
-    fetch(str(tmp_path / 'c'), 'x.txt', hashlib.sha256(b'to').hexdigest(), server.url, lambda data: data[:2])  # shorter than what came
+    sha256 = hashlib.sha256(b'to').hexdigest()
+    fetch(str(tmp_path / 'c'), 'x.txt', sha256, server.url, lambda data: data[:2])  # shorter than the file
     assert (tmp_path / 'c').read_bytes() == b'to'
 
 
@@ -145,7 +159,7 @@ def test_a_convert_that_fails_is_a_source_that_does_not_serve(server, tmp_path, 
     server.answers = [(200, b'\xff', 1)]
     line = exit_line(fetch, str(tmp_path / 'a'), 'x.txt', SHA256, server.url, lambda data: data.decode().encode())
     assert 'decode' in line and 'put it at' in line and f'x.txt: not from {server.url}' in capsys.readouterr().out
-    assert os.listdir(tmp_path) == [] and len(server.asked) == 1  # the same would come again
+    assert os.listdir(tmp_path) == [] and len(server.asked) == 1  # a second try would give the same bytes
 
 
 def test_the_mirrors_file_is_not_converted(server, tmp_path, monkeypatch, capsys):
@@ -156,4 +170,5 @@ def test_the_mirrors_file_is_not_converted(server, tmp_path, monkeypatch, capsys
     write(tmp_path / 'mirror' / 'x.txt', BODY.upper())  # the raw file: not what is asked for
     server.answers = [(200, BODY.upper(), len(BODY))]
     fetch(str(tmp_path / 'b'), 'x.txt', SHA256, server.url, bytes.lower)
-    assert (tmp_path / 'b').read_bytes() == BODY and len(server.asked) == 1 and 'not from ' + str(tmp_path / 'mirror') in capsys.readouterr().out
+    assert (tmp_path / 'b').read_bytes() == BODY and len(server.asked) == 1
+    assert f'not from {tmp_path / "mirror"}' in capsys.readouterr().out

@@ -48,7 +48,10 @@ def write_parquet(path, texts):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub with the three corpora of three files each: its url, the requests. `broken`: a file that it does not send."""
+    """
+    A local hub that serves the three corpora, three files each: url; asked, its requests [(method, path), ...];
+    broken, the name of a file that it does not send.
+    """
     files = {}
     for repo, pattern in SCRIPTS.values():
         for number in (2, 0, 1):  # a hub need not sort them

@@ -157,7 +157,7 @@ def test_frozen_layers(kind):
     torch.manual_seed(0)
     linear = nn.Linear(256, 192)
     frozen = FrozenLinear(linear, kind)
-    error = (frozen.unpacked(torch.float32) - linear.weight).abs().mean() / linear.weight.abs().mean()
+    error = (frozen.dequantized(torch.float32) - linear.weight).abs().mean() / linear.weight.abs().mean()
     assert 1e-4 < error < {'int8': 0.01, 'nf4': 0.1}[kind]
     x = torch.randn(5, 7, 256, requires_grad=True)
     gradient = torch.randn(5, 7, 192)

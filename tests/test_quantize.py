@@ -25,7 +25,7 @@ def round_to_int8(model, tied):
 @pytest.mark.parametrize('rows', [1, 8])
 def test_prepare_for_inference(style, dtype, rows, monkeypatch):
     """Logits of converted weights are close to those of the weights; int8 to a plain product with rounded weights."""
-    monkeypatch.setattr('core.weights.quantize.SMALL', 0)
+    monkeypatch.setattr('core.weights.quantize.MIN_WEIGHTS', 0)
     model = new_model(style)
     idx = torch.randint(97, (rows, 7))
     peer = round_to_int8(new_model(style), style.get('tied', True)) if dtype == 'int8' else model

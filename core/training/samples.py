@@ -77,7 +77,8 @@ def show_samples(model, data, prompts, max_new_tokens, step, out_dir, env):
     model.eval()
     with env.ctx():
         end_ids = [end_of_turn(data.tokenizer)] if data.kind else []  # a text is continued for all max_new_tokens
-        *_, rows = continue_prompts(model, data.tokenizer, [ids for _, ids in prompts], max_new_tokens, range(len(prompts)),
+        prompt_ids = [ids for _, ids in prompts]
+        *_, rows = continue_prompts(model, data.tokenizer, prompt_ids, max_new_tokens, seeds=range(len(prompts)),
                                     end_ids=end_ids, temperature=0.8, top_k=200)
     model.train()
 

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from core.files import find
 from core.weights.huggingface import LAYERS, architecture_of, split_name, stacked_rows
-from core.weights.quantize import FrozenLinear
+from core.weights.quantize import FrozenLinear, replace_modules
 from kernels import dropout
 from model import GPTConfig
 
@@ -66,15 +66,6 @@ class NewRows(nn.Module):
 
     def forward(self, weight):
         return torch.cat([weight, self.rows])  # (V, C)
-
-
-def replace_modules(model, cls, make):
-    """Replace each child module of class `cls` with make(child)."""
-    parents = [module for module in model.modules() if not isinstance(module, cls)]  # a list, as the tree changes
-    for parent in parents:
-        for name, child in parent.named_children():
-            if isinstance(child, cls):
-                setattr(parent, name, make(child))
 
 # --- train.py's settings
 

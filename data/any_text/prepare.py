@@ -14,7 +14,7 @@ from core.files import find
 from core.text.prepare import prepare
 
 name = ''  # name of the dataset folder; '': the name of the input without its endings
-_settings = 'core.text.prepare'  # declares the other settings
+EXTRA_SETTINGS = ('core.text.prepare',)  # modules whose settings are settings of this script too
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 if not input:

@@ -12,7 +12,7 @@ from classics import NOVELS, novel
 from core.text.prepare import LAPTOP, prepare
 
 tokenizer = 'bbpe'  # trained on these novels
-_settings = 'core.text.prepare'  # declares the other settings
+EXTRA_SETTINGS = ('core.text.prepare',)  # modules whose settings are settings of this script too
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))

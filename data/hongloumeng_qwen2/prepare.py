@@ -14,7 +14,7 @@ from classics import novel
 from core.text.prepare import LAPTOP, prepare
 
 tokenizer = 'qwen2'  # pruned to the ids that the novel needs
-_settings = 'core.text.prepare'  # declares the other settings
+EXTRA_SETTINGS = ('core.text.prepare',)  # modules whose settings are settings of this script too
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))

@@ -14,7 +14,7 @@ from core.text.prepare import LAPTOP, prepare
 
 tokenizer = 'bbpe'  # trained on these novels
 vocab_size = 16384  # dozens of novels have enough words for this many ids
-_settings = 'core.text.prepare'  # declares the other settings
+EXTRA_SETTINGS = ('core.text.prepare',)  # modules whose settings are settings of this script too
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 if not input:

@@ -15,7 +15,7 @@ tokenizer = 'gpt2'  # as in nanoGPT, so that losses can be compared
 val_fraction = 0.0005  # nanoGPT's; about 4,000 of 8,013,769 documents
 seed = 2357  # nanoGPT's, but drawn by another generator: other documents are for validation
 shard_tokens = 100_000_000  # 200 MB a file, easy to copy
-_settings = 'core.text.prepare'  # declares the other settings
+EXTRA_SETTINGS = ('core.text.prepare',)  # modules whose settings are settings of this script too
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))

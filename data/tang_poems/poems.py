@@ -12,7 +12,8 @@ import sys
 from core.text.download import download, fetch
 
 SHA256 = '7a676f46963e2ef7dba88f760392c79154f3aad24b9a76ce5effedd2849cb2c3'
-URL = 'https://raw.githubusercontent.com/chinese-poetry/chinese-poetry/master/%E5%85%A8%E5%94%90%E8%AF%97/poet.tang.{}.json'
+URL = ('https://raw.githubusercontent.com/chinese-poetry/chinese-poetry/master/'
+       '%E5%85%A8%E5%94%90%E8%AF%97/poet.tang.{}.json')
 
 
 def is_clean(poem):

@@ -1,0 +1,190 @@
+"""Attention, dropout and token losses against the plain PyTorch that they replace. The KV cache: test_generation.py."""
+import pytest
+import torch
+from test_model import STYLES, TINY, losses_and_gradients, random_batch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels
+from kernels import TokenLosses, attention, dropout, dropout_mask
+from model import GPT, GPTConfig
+
+# --- attention
+
+
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('T', [5, 64, 512, 700])  # 1, 1, 2 and 3 blocks; of 3 the weights are computed again
+def test_blockwise_attention_equals_the_fused_kernel(T, masked):
+    """Values and gradients in bf16 against fp32, also under a mask of several documents per row."""
+    torch.manual_seed(3)
+    inputs = [torch.randn(2, 3, T, 16, requires_grad=True) for _ in range(3)]
+    inputs_bf16 = [x.detach().bfloat16().requires_grad_() for x in inputs]
+    gradient = torch.randn(2, 3, T, 16)
+    document = (torch.rand(3, T) < 0.05).cumsum(dim=1)
+    mask = (document[:, None, :, None] == document[:, None, None, :]).tril() if masked else None  # (B, 1, T, T)
+    expected = F.scaled_dot_product_attention(*inputs, None if mask is None else mask[:, 0], is_causal=not masked)
+    expected.backward(gradient)
+    y = attention(*inputs_bf16, mask=mask, blockwise=True)
+    y.backward(gradient.bfloat16())
+    expected = [expected, *(x.grad for x in inputs)]
+    found = [y, *(x.grad for x in inputs_bf16)]
+    for a, b in zip(expected, found):
+        assert (a - b.float()).norm() / a.norm() < 1e-2
+
+
+@pytest.mark.parametrize('T', [5, 20, 40])
+def test_dropout_in_attention(T, monkeypatch):
+    """Values and gradients, in blocks of 16, against softmax times the same dropout mask, in fp64."""
+    monkeypatch.setattr(kernels, 'ATTENTION_BLOCK', 16)
+    masks = []
+
+    def recorded_mask(x, p):
+        masks.append(dropout_mask(x, p))
+        return masks[-1]
+    monkeypatch.setattr(kernels, 'dropout_mask', recorded_mask)
+    torch.manual_seed(3)
+    q, k, v, gradient = torch.randn(4, 1, 2, T, 8, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    y = attention(*inputs, dropout=0.5)
+    mask = torch.cat([F.pad(x, (0, T - x.size(2))) for x in masks], dim=1)  # (2, T, T)
+    assert set(mask.unique().tolist()) == {0.0, 2.0}
+
+    plain_inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    q, k, v = plain_inputs
+    scores = (q @ k.transpose(2, 3) / 8**0.5).masked_fill(torch.ones(T, T).triu(1) > 0, float('-inf'))
+    expected = (scores.softmax(-1) * mask) @ v
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(torch.autograd.grad(y, inputs, gradient), torch.autograd.grad(expected, plain_inputs, gradient)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('blockwise', [False, True])
+def test_grouped_queries(blockwise):
+    """Query head h attends to keys and values of head h // 4: values and gradients against a loop over the heads."""
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(n, 3, 16, 12, requires_grad=True) for n in (8, 2, 2))
+    y = attention(q, k, v, blockwise=blockwise)
+    heads = [F.scaled_dot_product_attention(q[h], k[h // 4], v[h // 4], is_causal=True) for h in range(8)]
+    expected = torch.stack(heads)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=0)
+    gradient = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, (q, k, v), gradient), torch.autograd.grad(expected, (q, k, v), gradient)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+# --- dropout
+
+
+@pytest.mark.parametrize('p', [0.1, 0.2, 0.5])
+def test_dropout(p):
+    """
+    A share p of the elements becomes zero and the mean stays. Neighbours are independent, the seed alone decides, and
+    the gradient has the same mask.
+    """
+    x = torch.ones(999, 1001, requires_grad=True)
+    torch.manual_seed(1)
+    y = dropout(x, p)
+    y.sum().backward()
+    assert abs((y == 0).float().mean() - p) < 0.002 + 1 / 512
+    assert abs(y.mean() - 1) < 0.003
+    assert len(y.unique()) == 2
+    assert torch.equal(x.grad, y)
+    assert abs((y[:, :-1] * y[:, 1:]).mean() - 1) < 0.008
+    assert abs((y[:-1] * y[1:]).mean() - 1) < 0.008
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x, p), y)
+    assert not torch.equal(dropout(x, p), y)
+    assert dropout(x, 0.0) is x
+    assert set(dropout_mask(torch.ones(10000), 0.999).unique().tolist()) == {0.0, 256.0}
+
+# --- token losses
+
+LIMITS = {  # of a head with 97 logits
+    'at once': {},
+    'in parts': {'LOGITS_AT_ONCE': 7 * 97 + 5},
+    'recomputed': {'LOGITS_AT_ONCE': 7 * 97 + 5, 'MAX_SAVED_BYTES': 20 * 97 * 4},
+}
+
+
+@STYLES
+@pytest.mark.parametrize('autocast', [False, True], ids=['fp32', 'bf16'])
+@pytest.mark.parametrize('limits', LIMITS.values(), ids=LIMITS)
+def test_losses_against_cross_entropy(style, autocast, limits, monkeypatch):
+    """
+    64 tokens, some of them masked, each loss with a factor of its own: losses and gradients equal those of
+    F.cross_entropy on the logits, at once, in parts, and recomputed in the backward pass.
+    """
+    for name, limit in limits.items():
+        monkeypatch.setattr(kernels, name, limit)
+    torch.manual_seed(6)
+    model = GPT(GPTConfig(**style))
+    idx, targets = random_batch(97)
+    targets[1, 3:12] = -1
+    factors = torch.rand(targets.shape)
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        losses = model(idx, targets)
+        logits = model(idx).float().flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction='none').view(targets.shape)
+    assert losses.dtype == torch.float32
+    assert (losses[1, 3:12] == 0).all()
+    assert (losses - expected).norm() <= (1e-4 if autocast else 1e-6) * expected.norm()
+    params = list(model.parameters())
+    gradients = torch.autograd.grad((losses * factors).sum(), params)
+    expected_gradients = torch.autograd.grad((expected * factors).sum(), params)
+    for a, b in zip(gradients, expected_gradients):
+        assert (a - b).norm() <= (1e-2 if autocast else 2e-6) * b.norm()
+
+
+@STYLES
+@pytest.mark.parametrize('autocast', [False, True], ids=['fp32', 'bf16'])
+def test_losses_without_gradients(style, autocast, monkeypatch):
+    """Under no_grad, some rows at a time, the losses are those of training."""
+    monkeypatch.setattr(kernels, 'LOGITS_AT_ONCE', 7 * 97 + 5)
+    model = GPT(GPTConfig(**style))
+    idx, targets = random_batch(97)
+    targets[1, 3:12] = -1
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        losses = model(idx, targets)
+        with torch.no_grad():
+            losses_without = model(idx, targets)
+    assert (losses_without[1, 3:12] == 0).all()
+    torch.testing.assert_close(losses_without, losses.detach(), atol=1e-2 if autocast else 1e-5, rtol=0)
+
+
+def test_a_loss_beyond_the_smallest_probability():
+    """exp(-300) is 0 in fp32, and yet the loss is 300."""
+    x = torch.eye(2)
+    weight = torch.tensor([[300.0, 0.0], [0.0, 1.0]])
+    losses = TokenLosses.apply(x, weight, torch.tensor([1, 1]))
+    assert losses.tolist() == pytest.approx([300.0, 0.3132617])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operation returns, and of the largest in fp32."""
+    numel = 0
+    numel_fp32 = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+                if x.dtype == torch.float32:
+                    self.numel_fp32 = max(self.numel_fp32, x.numel())
+        return result
+
+
+@pytest.mark.parametrize('recomputed', [False, True])
+def test_never_all_logits_in_fp32(recomputed, monkeypatch):
+    """
+    Forward and backward pass on 64 tokens compute the logits of 4 tokens at a time. If the gradients are too large to
+    be saved, the logits are never all there, not even in bf16.
+    """
+    monkeypatch.setattr(kernels, 'LOGITS_AT_ONCE', 4 * 1000)
+    if recomputed:
+        monkeypatch.setattr(kernels, 'MAX_SAVED_BYTES', 8 * 1000 * 2)
+    model = GPT(GPTConfig(**{**TINY, 'vocab_size': 1000}))
+    with LargestTensor() as largest, torch.autocast('cpu', torch.bfloat16):
+        losses_and_gradients(model, *random_batch(1000))
+    embedding = 1000 * 32
+    assert largest.numel_fp32 == embedding
+    assert largest.numel == (embedding if recomputed else 64 * 1000)
