@@ -1,4 +1,4 @@
-"""docs/hacking.md: its recipes are applied to a copy of the repository and run, and its map of the tests is complete."""
+"""docs/hacking.md: each recipe is applied to a copy of the repository and run; its map of the tests is complete."""
 import os
 import re
 import shlex
@@ -93,7 +93,8 @@ torch.testing.assert_close(mlp(x), mlp.c_proj(torch.where(h > 0, h * h, 0)))
 
 
 def test_a_schedule(train, tmp_path):
-    train('A learning-rate schedule', '--log_interval=1', '--lr_decay_iters=2', '--cooldown=1.0', '--learning_rate=1e-3', '--min_lr=0.0')
+    rates = ['--learning_rate=1e-3', '--min_lr=0.0']
+    train('A learning-rate schedule', '--log_interval=1', '--lr_decay_iters=2', '--cooldown=1.0', *rates)
     rates = [rate for _, rate in losses_of(tmp_path / 'out', 'lr')]
     assert rates == pytest.approx([1e-3, 1e-3 * (1 - 0.5**0.5), 0])
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from conftest import MIRROR, ROOT
@@ -21,6 +22,8 @@ SMALL = [*FEW_STEPS, '--max_iters=2', '--n_layer=1', '--n_head=1', '--n_kv_head=
 BY_MAKE = ('git clone', 'make ', 'python3 -m venv', '. .venv', 'pip install')  # `make` runs these, see test_demo
 RUN_PAGES = ('README.md', 'docs/data.md', 'docs/training.md', 'docs/sampling.md', 'docs/operations.md')  # in this order
 STAGE_PAGES = ('docs/teaching.md', 'docs/lora.md', 'docs/export.md')  # need the models that the first stage trains
+RECIPE_PAGES = ('docs/hacking.md',)  # test_hacking.py runs their commands
+FIGURE = re.compile(r'\d[\d.,:]*\d')
 LEFT_OUT = shutil.ignore_patterns('.git', '.venv*', 'out*', '*.bin', 'meta.*', 'tokenizer.json', 'input.txt', 'input',
                                   '__pycache__')
 
@@ -42,8 +45,8 @@ def pages_in(language):
 
 
 def test_every_command_is_run():
-    """A page that is in neither list would go untested."""
-    tested = set(RUN_PAGES + STAGE_PAGES)
+    """A page that is in none of the lists would go untested."""
+    tested = set(RUN_PAGES + STAGE_PAGES + RECIPE_PAGES)
     untested = [page for page in pages_in('en') if commands(page) and page not in tested]
     assert untested == []
 
@@ -57,6 +60,13 @@ def test_both_languages_have_the_same_commands():
     english = set(commands(*pages_in('en')))
     missing = set(commands('README.zh.md')) - english
     assert not missing, missing
+
+
+@pytest.mark.parametrize('page', [page for page in pages_in('zh') if page != 'README.zh.md'])
+def test_both_languages_have_the_same_figures(page):
+    """Numbers with a decimal point or of several digits; Chinese may write small numbers as words."""
+    english, chinese = read(page.replace('.zh.md', '.md')), read(page)
+    assert Counter(FIGURE.findall(chinese)) == Counter(FIGURE.findall(english))
 
 
 def test_the_figures_of_the_chinese_readme_are_those_of_the_records():
