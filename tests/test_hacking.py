@@ -153,3 +153,10 @@ def test_an_export_format(tiny_run, tmp_path):
 def test_the_map_of_the_tests_is_complete():
     named = re.findall(r'test_\w+\.py', PAGE.partition('## Tests')[2])
     assert sorted(set(named)) == sorted(path.name for path in (ROOT / 'tests').glob('test_*.py'))
+
+
+def test_the_chinese_page_has_the_same_code():
+    """All blocks but the first, the layout, whose descriptions are translated."""
+    chinese = (ROOT / 'docs' / 'hacking.zh.md').read_text(encoding='utf-8')
+    code = re.compile(r'(?ms)^```.*?^```$')
+    assert code.findall(chinese)[1:] == code.findall(PAGE)[1:]
