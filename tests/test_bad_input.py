@@ -1,4 +1,4 @@
-"""Bad input ends a script with one clear line on stderr and a non-zero exit, and leaves nothing half-written behind."""
+"""Bad input ends a script with one clear line on stderr and a non-zero exit, and leaves no file half-written."""
 import json
 import os
 import pickle
@@ -11,17 +11,21 @@ from conftest import TINY, losses_of, make_dataset, run_script
 
 
 def tree(folder):
-    """Everything below a folder: {path: bytes, or None for a folder}."""
+    """Return everything below a folder: {path: bytes, or None for a folder}."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
 
 
 def refuse(script, *args, names, folder=None, warnings=0):
-    """Run a script that must refuse with one line that has all of `names`, and must not change anything below `folder`."""
+    """
+    Run a script that must exit with one line that contains all of `names`, after so many warnings, and must change
+    nothing below `folder`. Returns the line.
+    """
     before = tree(folder) if folder else None
     result = run_script(script, *args)
-    assert result.code not in (0, None) and result.err, result
+    assert result.code not in (0, None), result
     *above, line = result.err.splitlines()
-    assert len(above) == warnings and all(text.startswith('warning: ') for text in above), result.err
+    assert len(above) == warnings, result.err
+    assert all(text.startswith('warning: ') for text in above), result.err
     assert 'Traceback' not in result.out + result.err
     assert all(str(name) in line for name in names), line
     if folder:
@@ -32,7 +36,7 @@ def refuse(script, *args, names, folder=None, warnings=0):
 
 
 class Evil:
-    """Unpickled without care, this makes a file."""
+    """Unpickled by plain pickle, this creates a file."""
     def __init__(self, path):
         self.path = path
 
@@ -42,13 +46,13 @@ class Evil:
 
 @pytest.fixture
 def own_run(tiny_run, tmp_path):
-    """A copy of the tiny run, to be spoilt."""
+    """A copy of the tiny run, to be damaged."""
     return shutil.copytree(tiny_run, tmp_path / 'run')
 
 
 @pytest.fixture
 def own_data(tiny_data, tmp_path):
-    """A copy of the tiny dataset, to be spoilt."""
+    """A copy of the tiny dataset, to be damaged."""
     return shutil.copytree(tiny_data, tmp_path / 'tiny')
 
 # --- settings
@@ -71,14 +75,17 @@ def own_data(tiny_data, tmp_path):
     (['--objective=previous_token'], ['previous_token', 'objectives/']),
 ], ids=str)
 def test_settings(tiny_data, tmp_path, args, names):
-    """Impossible settings of train.py, end to end; test_settings.py has the table of values, test_configurator.py types."""
+    """Impossible settings of train.py, end to end. test_settings.py has more values, test_configure.py types."""
     args = [*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', *args]
     refuse('train.py', *args, names=names, folder=tmp_path)
 
 
-@pytest.mark.parametrize('text, names', [('batchsize = 4', ['batchsize', 'batch_size']), ("batch_size = '4'", ["batch_size='4'", 'an int'])])
+@pytest.mark.parametrize('text, names', [
+    ('batchsize = 4', ['batchsize', 'batch_size']),
+    ("batch_size = '4'", ["batch_size='4'", 'an int']),
+])
 def test_settings_in_a_file(tiny_data, tmp_path, text, names):
-    """The same from a config file, which the line names."""
+    """The line names the config file."""
     (tmp_path / 'mine.py').write_text(text)
     refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', tmp_path / 'mine.py',
            names=['mine.py', *names], folder=tmp_path)
@@ -99,11 +106,14 @@ def test_settings_in_a_file(tiny_data, tmp_path, text, names):
     (['--temprature=1'], ['temprature', 'temperature']),
 ], ids=str)
 def test_sampling_settings(tiny_run, args, names):
-    """Impossible values of sample.py's settings, a prompt that the tokenizer cannot spell, and an empty one."""
+    """Impossible values of sample.py's settings, a prompt that the tokenizer cannot encode, and an empty prompt."""
     refuse('sample.py', f'--out_dir={tiny_run}', '--device=cpu', '--start=one', *args, names=names)
 
 
-@pytest.mark.parametrize('content, names', [(b'', ['no text to continue']), ('one é'.encode('latin-1'), ['prompt.txt', 'UTF-8'])])
+@pytest.mark.parametrize('content, names', [
+    (b'', ['no text to continue']),
+    ('one é'.encode('latin-1'), ['prompt.txt', 'UTF-8']),
+])
 def test_prompt_file(tiny_run, tmp_path, content, names):
     """An empty prompt file, and one in another encoding."""
     (tmp_path / 'prompt.txt').write_bytes(content)
@@ -112,17 +122,20 @@ def test_prompt_file(tiny_run, tmp_path, content, names):
 
 @pytest.mark.parametrize('script', ['train.py', 'sample.py'])
 def test_no_cuda(tiny_data, tiny_run, tmp_path, monkeypatch, script):
-    """device=cuda where torch sees none."""
+    """device=cuda, and torch sees no GPU."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    where = [*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}'] if script == 'train.py' else [f'--out_dir={tiny_run}']
-    refuse(script, *where, '--device=cuda', names=['device=cuda', '--device=cpu'], folder=tmp_path)
+    args = [f'--out_dir={tiny_run}']
+    if script == 'train.py':
+        args = [*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}']
+    refuse(script, *args, '--device=cuda', names=['device=cuda', '--device=cpu'], folder=tmp_path)
 
 
 def test_rows_for_three_processes(tiny_data, tmp_path, monkeypatch):
-    """Four rows cannot be shared out over three processes."""
+    """Four rows cannot be divided evenly among three processes."""
     for name, value in {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '3'}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: None)  # there are no others to wait for
+    # do not wait for the other two
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: None)
     refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}',
            names=['batch_size=4', 'gradient_accumulation_steps=1', '3 processes'], folder=tmp_path)
 
@@ -133,14 +146,18 @@ def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
-def forget_counts(folder):
-    """Keep what meta.json must say: its counts would be noticed first."""
+def write_meta(folder, text):
+    (folder / 'meta.json').write_text(text, encoding='utf-8')
+
+
+def drop_counts(folder):
+    """Keep only the dtype in meta.json, because wrong counts would be noticed first."""
     meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-    (folder / 'meta.json').write_text(json.dumps({'dtype': meta['dtype']}), encoding='utf-8')
+    write_meta(folder, json.dumps({'dtype': meta['dtype']}))
 
 
 def write_ids(path, *ids):
-    forget_counts(path.parent)
+    drop_counts(path.parent)
     np.array(ids * 100, dtype='<u2').tofile(path)
 
 
@@ -149,64 +166,107 @@ def write_meta_pkl(folder, meta):
     (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
 
 
-DATASETS = {
-    'missing': (shutil.rmtree, ['tiny/train.bin', 'prepare.py']),
-    'empty folder': (lambda d: [path.unlink() for path in d.iterdir()], ['tiny/train.bin', 'prepare.py']),
-    'empty train.bin': (lambda d: cut(d / 'train.bin', 0), ['train.bin is empty', 'prepare.py']),
-    'odd byte': (lambda d: cut(d / 'train.bin', 1001), ['train.bin', '1,001 bytes', 'prepare.py']),
-    'odd byte in val.bin': (lambda d: cut(d / 'val.bin', 1001), ['val.bin', '1,001 bytes', 'prepare.py']),
-    'cut off': (lambda d: cut(d / 'train.bin', 2000), ['tiny', '1,000 train tokens', 'meta.json says', 'prepare.py']),
-    'another val.bin': (lambda d: cut(d / 'val.bin', 200), ['tiny', '100 val tokens', 'meta.json says', 'prepare.py']),
-    'too short': (lambda d: (forget_counts(d), cut(d / 'train.bin', 64)), ['block_size=32', 'has 32', '--block_size=31']),
-    'ids outside the vocabulary': (lambda d: write_ids(d / 'train.bin', 1, 300), ['300 in train', 'vocabulary of', 'prepare']),
-    'ids outside in val.bin': (lambda d: write_ids(d / 'val.bin', 1, 300), ['300 in val', 'vocabulary of', 'prepare']),
-    'counts of another kind': (lambda d: (d / 'meta.json').write_text('{"dtype": "uint16", "train": 5}'), ['meta.json', 'prepare.py']),
-    'vocabulary beyond uint16': (lambda d: write_meta_pkl(d, {'vocab_size': 70000, 'itos': dict(enumerate(map(chr, range(70000))))}),
-                                 ['meta.pkl', '70,000', 'uint16']),
-    'meta.json of another kind': (lambda d: (d / 'meta.json').write_text('[]'), ['meta.json', 'prepare.py']),
-    'meta.json cut off': (lambda d: cut(d / 'meta.json', 20), ['meta.json', 'prepare.py']),
-    'unknown dtype': (lambda d: (d / 'meta.json').write_text(json.dumps({'dtype': 'text'})), ['meta.json', 'prepare.py']),
-    'no tokenizer.json': (lambda d: (d / 'tokenizer.json').unlink(), ['tiny', 'tokenizer.json']),
-    'meta.pkl of another kind': (lambda d: write_meta_pkl(d, [1, 2]), ['meta.pkl', 'itos']),
-    'meta.pkl cut off': (lambda d: (write_meta_pkl(d, {'vocab_size': 1, 'itos': {0: 'a'}}), cut(d / 'meta.pkl', 10)), ['meta.pkl', 'itos']),
+def delete_files(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def make_too_short(folder):
+    drop_counts(folder)
+    cut(folder / 'train.bin', 64)
+
+
+def write_large_meta_pkl(folder):
+    write_meta_pkl(folder, {'vocab_size': 70000, 'itos': dict(enumerate(map(chr, range(70000))))})
+
+
+def write_cut_meta_pkl(folder):
+    write_meta_pkl(folder, {'vocab_size': 1, 'itos': {0: 'a'}})
+    cut(folder / 'meta.pkl', 10)
+
+
+DATASETS = {  # name: (a function that damages the folder, what the line must contain)
+    'missing': (
+        shutil.rmtree, ['tiny/train.bin', 'prepare.py']),
+    'empty folder': (
+        delete_files, ['tiny/train.bin', 'prepare.py']),
+    'empty train.bin': (
+        lambda d: cut(d / 'train.bin', 0), ['train.bin is empty', 'prepare.py']),
+    'odd byte': (
+        lambda d: cut(d / 'train.bin', 1001), ['train.bin', '1,001 bytes', 'prepare.py']),
+    'odd byte in val.bin': (
+        lambda d: cut(d / 'val.bin', 1001), ['val.bin', '1,001 bytes', 'prepare.py']),
+    'cut off': (
+        lambda d: cut(d / 'train.bin', 2000), ['tiny', '1,000 train tokens', 'meta.json says', 'prepare.py']),
+    'another val.bin': (
+        lambda d: cut(d / 'val.bin', 200), ['tiny', '100 val tokens', 'meta.json says', 'prepare.py']),
+    'too short': (
+        make_too_short, ['block_size=32', 'has 32', '--block_size=31']),
+    'ids outside the vocabulary': (
+        lambda d: write_ids(d / 'train.bin', 1, 300), ['300 in train', 'vocabulary of', 'prepare']),
+    'ids outside in val.bin': (
+        lambda d: write_ids(d / 'val.bin', 1, 300), ['300 in val', 'vocabulary of', 'prepare']),
+    'counts of another kind': (
+        lambda d: write_meta(d, '{"dtype": "uint16", "train": 5}'), ['meta.json', 'prepare.py']),
+    'vocabulary beyond uint16': (
+        write_large_meta_pkl, ['meta.pkl', '70,000', 'uint16']),
+    'meta.json of another kind': (
+        lambda d: write_meta(d, '[]'), ['meta.json', 'prepare.py']),
+    'meta.json cut off': (
+        lambda d: cut(d / 'meta.json', 20), ['meta.json', 'prepare.py']),
+    'unknown dtype': (
+        lambda d: write_meta(d, '{"dtype": "text"}'), ['meta.json', 'prepare.py']),
+    'no tokenizer.json': (
+        lambda d: (d / 'tokenizer.json').unlink(), ['tiny', 'tokenizer.json']),
+    'meta.pkl of another kind': (
+        lambda d: write_meta_pkl(d, [1, 2]), ['meta.pkl', 'itos']),
+    'meta.pkl cut off': (
+        write_cut_meta_pkl, ['meta.pkl', 'itos']),
 }
 
 
 @pytest.mark.parametrize('case', DATASETS)
 def test_dataset(own_data, tmp_path, case):
-    """Dataset folders that are missing, torn, too small, or not what their own description says."""
-    spoil, names = DATASETS[case]
-    spoil(own_data)
-    seen_late = 'ids outside' in case  # while reading: the run has begun, but nothing is saved
-    refuse('train.py', *TINY, f'--dataset={own_data}', f'--out_dir={tmp_path / "out"}', names=names, folder=None if seen_late else tmp_path)
-    assert not list(tmp_path.rglob('*.pt*')) and not list(tmp_path.rglob('*.tmp*'))
+    """Dataset folders that are missing, damaged, too small, or not what their own description says."""
+    damage, names = DATASETS[case]
+    damage(own_data)
+    # ids are checked when they are read: the run has started then, but has saved nothing
+    folder = None if 'ids outside' in case else tmp_path
+    refuse('train.py', *TINY, f'--dataset={own_data}', f'--out_dir={tmp_path / "out"}', names=names, folder=folder)
+    assert not list(tmp_path.rglob('*.pt*'))
+    assert not list(tmp_path.rglob('*.tmp*'))
 
 
 def test_another_tokenizer(own_data, tiny_run):
-    """A checkpoint whose model has fewer token ids than the dataset."""
+    """The model of the checkpoint has fewer token ids than the dataset."""
     write_meta_pkl(own_data, {'vocab_size': 200, 'itos': {i: chr(i) for i in range(200)}})
-    refuse('train.py', *TINY, f'--dataset={own_data}', f'--out_dir={tiny_run}', '--init_from=resume', names=[own_data, 'tokenizer'], folder=tiny_run)
+    refuse('train.py', *TINY, f'--dataset={own_data}', f'--out_dir={tiny_run}', '--init_from=resume',
+           names=[own_data, 'tokenizer'], folder=tiny_run)
 
 
 def test_pickled_code_in_a_dataset(own_data, tmp_path):
-    """A meta.pkl that would run a command is not run, and said to be none."""
+    """A meta.pkl that would run a command is refused, and the command does not run."""
     write_meta_pkl(own_data, {'vocab_size': 1, 'itos': {0: 'a'}, 'stoi': Evil(tmp_path / 'touched')})
-    refuse('train.py', *TINY, f'--dataset={own_data}', f'--out_dir={tmp_path / "out"}', names=['meta.pkl', 'system'], folder=tmp_path)
+    refuse('train.py', *TINY, f'--dataset={own_data}', f'--out_dir={tmp_path / "out"}', names=['meta.pkl', 'system'],
+           folder=tmp_path)
 
 # --- checkpoints
 
 
-def save(path, thing):
-    torch.save(thing, path)
+def load(path):
+    return torch.load(path, weights_only=True)
 
 
-def change(path, **entries):
-    save(path, torch.load(path, weights_only=True) | entries)
+def update(path, **entries):
+    torch.save(load(path) | entries, path)
 
 
-def leave_out(path, *names):
-    checkpoint = torch.load(path, weights_only=True)
-    save(path, {key: value for key, value in checkpoint.items() if key not in names})
+def drop(path, *names):
+    torch.save({key: value for key, value in load(path).items() if key not in names}, path)
+
+
+def save_pickled_code(path):
+    torch.save({'model': Evil(path.with_name('touched')), 'model_args': {}}, path)
 
 
 CHECKPOINTS = {
@@ -215,13 +275,13 @@ CHECKPOINTS = {
     'truncated': lambda path: cut(path, path.stat().st_size // 2),
     'last byte missing': lambda path: cut(path, path.stat().st_size - 1),
     'a text': lambda path: path.write_text('not a checkpoint'),
-    'a list': lambda path: save(path, [1, 2]),
-    'weights alone': lambda path: save(path, torch.load(path, weights_only=True)['model']),
-    'no model_args': lambda path: leave_out(path, 'model_args'),
-    'arguments of another program': lambda path: change(path, model_args={'hidden_size': 32}),
-    'weights of another shape': lambda path: change(path, model_args=torch.load(path, weights_only=True)['model_args'] | {'n_embd': 64}),
-    'weights with other names': lambda path: change(path, model={'w': torch.zeros(2)}),
-    'pickled code': lambda path: save(path, {'model': Evil(path.with_name('touched')), 'model_args': {}}),
+    'a list': lambda path: torch.save([1, 2], path),
+    'weights alone': lambda path: torch.save(load(path)['model'], path),
+    'no model_args': lambda path: drop(path, 'model_args'),
+    'arguments of another program': lambda path: update(path, model_args={'hidden_size': 32}),
+    'weights of another shape': lambda path: update(path, model_args=load(path)['model_args'] | {'n_embd': 64}),
+    'weights with other names': lambda path: update(path, model={'w': torch.zeros(2)}),
+    'pickled code': save_pickled_code,
     'bare pickled code': lambda path: path.write_bytes(pickle.dumps(Evil(path.with_name('touched')), protocol=2)),
 }
 
@@ -229,25 +289,33 @@ CHECKPOINTS = {
 @pytest.mark.parametrize('script', ['sample.py', 'train.py'])
 @pytest.mark.parametrize('case', CHECKPOINTS)
 def test_checkpoint(own_run, tiny_data, case, script):
-    """Missing, torn and foreign checkpoints, and those that would run a command; to sample from and to resume."""
+    """Missing, damaged and foreign checkpoints, and checkpoints that would run a command; to sample and to resume."""
     CHECKPOINTS[case](own_run / 'ckpt.pt')
     (own_run / 'best.pt').unlink(missing_ok=True)
-    args = ['--start=one'] if script == 'sample.py' else [f'--dataset={tiny_data}', '--init_from=resume', '--batch_size=4', '--compile=False']
-    names = [own_run / 'ckpt.pt'] + ['other things than tensors'] * ('code' in case) + ['train first'] * (case == 'missing')
+    args = ['--start=one']
+    if script == 'train.py':
+        args = [f'--dataset={tiny_data}', '--init_from=resume', '--batch_size=4', '--compile=False']
+    names = [own_run / 'ckpt.pt']
+    if 'code' in case:
+        names.append('other things than tensors')
+    if case == 'missing':
+        names.append('train first')
     refuse(script, f'--out_dir={own_run}', '--device=cpu', *args, names=names, folder=own_run)
     assert not (own_run / 'touched').exists()
 
 
-@pytest.mark.parametrize('spoil', [
-    lambda path: leave_out(path, 'optimizer', 'iter_num', 'best_val_loss'),
-    lambda path: change(path, optimizer={}),
-    lambda path: change(path, optimizer={'state': {}, 'param_groups': []}),
-], ids=['weights only', 'empty', 'other groups'])
-def test_checkpoint_without_optimizer(own_run, tiny_data, spoil):
-    """What can be sampled from but not resumed, for want of the optimizer."""
-    spoil(own_run / 'ckpt.pt')
-    assert run_script('sample.py', f'--out_dir={own_run}', '--start=one', '--device=cpu', '--max_new_tokens=1').code == 0
-    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', names=[own_run / 'ckpt.pt'], folder=own_run)
+@pytest.mark.parametrize('damage', [
+    pytest.param(lambda path: drop(path, 'optimizer', 'iter_num', 'best_val_loss'), id='weights only'),
+    pytest.param(lambda path: update(path, optimizer={}), id='empty'),
+    pytest.param(lambda path: update(path, optimizer={'state': {}, 'param_groups': []}), id='other groups'),
+])
+def test_checkpoint_without_optimizer(own_run, tiny_data, damage):
+    """One can sample from it, but not resume."""
+    damage(own_run / 'ckpt.pt')
+    sampled = run_script('sample.py', f'--out_dir={own_run}', '--start=one', '--device=cpu', '--max_new_tokens=1')
+    assert sampled.code == 0
+    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume',
+           names=[own_run / 'ckpt.pt'], folder=own_run)
 
 
 def test_resuming_nothing(tiny_data, tmp_path):
@@ -264,53 +332,61 @@ def test_pickled_code_in_pretrained_weights(tiny_data, tmp_path, script):
     config = {'model_type': 'gpt2', 'n_positions': 32, 'vocab_size': 50, 'n_layer': 1, 'n_head': 1, 'n_embd': 8}
     (folder / 'config.json').write_text(json.dumps(config))
     (folder / 'pytorch_model.bin').write_bytes(pickle.dumps({'wte.weight': Evil(tmp_path / 'touched')}, protocol=2))
-    args = ['--device=cpu'] if script == 'sample.py' else [*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}']
+    args = ['--device=cpu']
+    if script == 'train.py':
+        args = [*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}']
     refuse(script, f'--init_from={folder}', *args, names=['pytorch_model.bin'], folder=tmp_path)
 
 
-@pytest.mark.parametrize('key, value', [('n_layer', 3), ('n_head', 4), ('n_embd', 64), ('block_size', 16), ('bias', True), ('tied', False),
-                                        ('qk_norm', True), ('rope_theta', 10000.0), ('norm', 'rmsnorm'), ('n_kv_head', 1), ('n_inner', 64)])
+@pytest.mark.parametrize('key, value', [
+    ('n_layer', 3), ('n_head', 4), ('n_embd', 64), ('block_size', 16), ('bias', True), ('tied', False),
+    ('qk_norm', True), ('rope_theta', 10000.0), ('norm', 'rmsnorm'), ('n_kv_head', 1), ('n_inner', 64),
+])
 def test_resume_contradicted(own_run, tiny_data, key, value):
-    """An architecture given on the command line that is not the checkpoint's."""
+    """The command line gives an architecture that the checkpoint does not have."""
     args = [arg for arg in TINY if not arg.startswith(f'--{key}=')]
-    refuse('train.py', *args, f'--{key}={value}', f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume',
-           names=[f'--{key}={value}', own_run / 'ckpt.pt', f'{key}={torch.load(own_run / "ckpt.pt", weights_only=True)["model_args"][key]}'], folder=own_run)
+    has = load(own_run / 'ckpt.pt')['model_args'][key]
+    refuse('train.py', *args, f'--{key}={value}', f'--dataset={tiny_data}', f'--out_dir={own_run}',
+           '--init_from=resume', names=[f'--{key}={value}', own_run / 'ckpt.pt', f'{key}={has}'], folder=own_run)
 
 
 @pytest.mark.parametrize('key, value', [('n_layer', 3), ('bias', True), ('rope_theta', 10000.0)])
 def test_weights_contradicted(own_run, tiny_data, tmp_path, key, value):
-    """The same for a run that only starts from the checkpoint's weights."""
+    """The same for a new run that starts from the checkpoint's weights."""
     args = [arg for arg in TINY if not arg.startswith(f'--{key}=')]
-    refuse('train.py', *args, f'--{key}={value}', f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', f'--init_from={own_run}',
-           names=[f'--{key}={value}', own_run, f'which has {key}='], folder=tmp_path)
+    refuse('train.py', *args, f'--{key}={value}', f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}',
+           f'--init_from={own_run}', names=[f'--{key}={value}', own_run, f'which has {key}='], folder=tmp_path)
 
 
 @pytest.mark.parametrize('start', ['resume', 'weights'])
 def test_a_tokenizer_of_the_same_size(own_run, tmp_path, start):
-    """A dataset of other characters, as many as the checkpoint knows."""
+    """The dataset has as many characters as the checkpoint's tokenizer, but others."""
     (tmp_path / 'input.txt').write_text('ABCDEFGHIJKLMNOP' * 200, encoding='utf-8')
     make_dataset(tmp_path, tmp_path / 'input.txt')
     init_from, out_dir = ('resume', own_run) if start == 'resume' else (own_run, tmp_path / 'out')
-    refuse('train.py', *TINY, f'--dataset={tmp_path}', f'--out_dir={out_dir}', f'--init_from={init_from}', names=[tmp_path, 'another tokenizer', own_run], folder=out_dir.parent)
+    refuse('train.py', *TINY, f'--dataset={tmp_path}', f'--out_dir={out_dir}', f'--init_from={init_from}',
+           names=[tmp_path, 'another tokenizer', own_run], folder=out_dir.parent)
 
 
 def test_resume_with_another_optimizer(own_run, tiny_data):
-    """AdamW's moments are of no use to Muon."""
-    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--optimizer=muon',
-           names=[own_run / 'ckpt.pt', 'optimizer is not muon', '--init_from='], folder=own_run)
+    """Muon cannot use AdamW's moments."""
+    refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume',
+           '--optimizer=muon', names=[own_run / 'ckpt.pt', 'optimizer is not muon', '--init_from='], folder=own_run)
 
 
 def test_resume_yields_to_the_checkpoint(own_run, tiny_data, tmp_path):
-    """Defaults and config files do not contradict: the checkpoint's architecture is taken, and noted in the config."""
+    """Defaults and config files do not contradict: the checkpoint's architecture is used, and saved in the config."""
     (tmp_path / 'mine.py').write_text('n_layer = 5\nn_head = 5\nn_embd = 320\nblock_size = 64\nbias = True\n')
     args = [arg for arg in TINY if not arg.startswith(('--n_', '--block_size'))]
     result = run_script('train.py', tmp_path / 'mine.py', *args, f'--dataset={tiny_data}', f'--out_dir={own_run}',
                         '--init_from=resume', '--max_iters=5')
     assert result.code == 0, result.err
-    checkpoint = torch.load(own_run / 'ckpt.pt', weights_only=True)
+    checkpoint = load(own_run / 'ckpt.pt')
     expected = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, 'block_size': 32, 'bias': False}
-    assert {key: checkpoint['model_args'][key] for key in expected} == expected == {key: checkpoint['config'][key] for key in expected}
-    assert checkpoint['iter_num'] == 5 and [step for step, _ in losses_of(own_run)] == [0, 1, 2, 3, 4]
+    for saved in (checkpoint['model_args'], checkpoint['config']):
+        assert {key: saved[key] for key in expected} == expected
+    assert checkpoint['iter_num'] == 5
+    assert [step for step, _ in losses_of(own_run)] == [0, 1, 2, 3, 4]
 
 # --- disks
 
@@ -319,27 +395,34 @@ def test_unwritable_out_dir(tiny_data, tmp_path):
     """An out_dir below a file, and one that is a file."""
     (tmp_path / 'file').write_text('')
     for out_dir in (tmp_path / 'file' / 'out', tmp_path / 'file'):
-        refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={out_dir}', names=[f'out_dir={out_dir}', 'cannot write'], folder=tmp_path)
+        refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={out_dir}',
+               names=[f'out_dir={out_dir}', 'cannot write'], folder=tmp_path)
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no limit of file sizes')
 @pytest.mark.parametrize('name, limit', [('run.json', 100), ('log.csv', 5000), ('ckpt.pt', 20000)])
 def test_full_disk(own_run, tiny_data, name, limit):
-    """A disk that fills up while run.json, log.csv or the checkpoint is written: the old checkpoint survives, loads, and no temporary file stays."""
+    """
+    The disk fills up while run.json, log.csv or the checkpoint is written. The old checkpoint survives and loads, and
+    no temporary file is left.
+    """
     import errno
     import resource
     if name == 'log.csv':
         header, *rows = (own_run / name).read_text(encoding='utf-8').splitlines(keepends=True)
         (own_run / name).write_text(header + rows[0] * (limit // len(rows[0])), encoding='utf-8')
-    old = (own_run / 'ckpt.pt').read_bytes()
+    checkpoint_before = (own_run / 'ckpt.pt').read_bytes()
+    resume = [*TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--max_iters=6']
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # larger files cannot be written, and Python ignores the signal
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # for larger files, write() fails
     try:
-        refuse('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--max_iters=6',
-               names=[own_run / name, os.strerror(errno.EFBIG)], warnings=int(name == 'ckpt.pt'))
+        refuse('train.py', *resume, names=[own_run / name, os.strerror(errno.EFBIG)], warnings=int(name == 'ckpt.pt'))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (own_run / 'ckpt.pt').read_bytes() == old and not list(own_run.glob('*.tmp*'))
-    assert run_script('sample.py', f'--out_dir={own_run}', '--start=one', '--device=cpu', '--max_new_tokens=1').code == 0
-    result = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={own_run}', '--init_from=resume', '--max_iters=6')
-    assert result.code == 0 and torch.load(own_run / 'ckpt.pt', weights_only=True)['iter_num'] == 6, result.err
+    assert (own_run / 'ckpt.pt').read_bytes() == checkpoint_before
+    assert not list(own_run.glob('*.tmp*'))
+    sampled = run_script('sample.py', f'--out_dir={own_run}', '--start=one', '--device=cpu', '--max_new_tokens=1')
+    assert sampled.code == 0
+    result = run_script('train.py', *resume)
+    assert result.code == 0, result.err
+    assert load(own_run / 'ckpt.pt')['iter_num'] == 6

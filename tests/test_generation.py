@@ -242,7 +242,8 @@ def test_rows_end_one_by_one():
     end_id = free[0].ids[4]
     stop_text = CHARS.decode(free[1].ids[6:8])
     n_steps = 0
-    for rows in continue_prompts(model, CHARS, PROMPTS, 30, [1, 2, 3], end_ids=[end_id], stop_texts=[stop_text]):  # noqa: B007
+    steps = continue_prompts(model, CHARS, PROMPTS, 30, [1, 2, 3], end_ids=[end_id], stop_texts=[stop_text])
+    for rows in steps:  # noqa: B007
         n_steps += 1
     assert n_steps == max(len(row.ids) for row in rows)
     for row, unlimited in zip(rows, free):

@@ -33,9 +33,10 @@ def read(page):
 
 
 def commands(*pages):
-    """Return the commands in the sh blocks of these pages, without their comments."""
+    """Return the commands in the sh blocks of these pages, without comments; one that ends in \\ goes on."""
     blocks = [block for page in pages for block in re.findall(r'```sh\n(.*?)```', read(page), re.DOTALL)]
-    return [line.partition('  # ')[0].rstrip() for block in blocks for line in block.splitlines()]
+    lines = re.sub(r'\\\n *', '', ''.join(blocks)).splitlines()
+    return [line.partition('  # ')[0].rstrip() for line in lines]
 
 
 def pages_in(language):

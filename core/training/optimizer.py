@@ -210,7 +210,7 @@ def orthogonalize_list(matrices):
 
 def orthogonalize(matrices, steps=5):
     """
-    Return approximately the nearest orthogonal matrices of matrices (K, m, n), in bf16 where the hardware is fast at it.
+    Return approximately the orthogonal matrices nearest to matrices (K, m, n), in bf16 if the hardware is fast at it.
 
     Newton-Schulz steps of fifth order with the coefficients of Jordan et al. bring the singular values to between about
     0.7 and 1.2, except those below 0.0015 of the norm.
