@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from conftest import MIRROR, ROOT
@@ -21,6 +22,8 @@ SMALL = [*FEW_STEPS, '--max_iters=2', '--n_layer=1', '--n_head=1', '--n_kv_head=
 BY_MAKE = ('git clone', 'make ', 'python3 -m venv', '. .venv', 'pip install')  # `make` runs these, see test_demo
 RUN_PAGES = ('README.md', 'docs/data.md', 'docs/training.md', 'docs/sampling.md', 'docs/operations.md')  # in this order
 STAGE_PAGES = ('docs/teaching.md', 'docs/lora.md', 'docs/export.md')  # need the models that the first stage trains
+RECIPE_PAGES = ('docs/hacking.md',)  # test_hacking.py runs their commands
+FIGURE = re.compile(r'\d[\d.,:]*\d')
 LEFT_OUT = shutil.ignore_patterns('.git', '.venv*', 'out*', '*.bin', 'meta.*', 'tokenizer.json', 'input.txt', 'input',
                                   '__pycache__')
 
@@ -43,8 +46,8 @@ def pages_in(language):
 
 
 def test_every_command_is_run():
-    """A page that is in neither list would go untested."""
-    tested = set(RUN_PAGES + STAGE_PAGES)
+    """A page that is in none of the lists would go untested."""
+    tested = set(RUN_PAGES + STAGE_PAGES + RECIPE_PAGES)
     untested = [page for page in pages_in('en') if commands(page) and page not in tested]
     assert untested == []
 
@@ -53,16 +56,23 @@ def test_both_languages_have_the_same_commands():
     translated = [page for page in pages_in('zh') if page != 'README.zh.md']
     for page in translated:
         assert commands(page) == commands(page.replace('.zh.md', '.md')), page
-    if translated:  # before the Chinese pages exist, README.zh.md has the commands of all pages
+    if 'docs/data.zh.md' in translated:  # before it exists, README.zh.md has the commands of all pages
         assert commands('README.zh.md') == commands('README.md')
     english = set(commands(*pages_in('en')))
     missing = set(commands('README.zh.md')) - english
     assert not missing, missing
 
 
+@pytest.mark.parametrize('page', [page for page in pages_in('zh') if page != 'README.zh.md'])
+def test_both_languages_have_the_same_figures(page):
+    """Numbers with a decimal point or of several digits; Chinese may write small numbers as words."""
+    english, chinese = read(page.replace('.zh.md', '.md')), read(page)
+    assert Counter(FIGURE.findall(chinese)) == Counter(FIGURE.findall(english))
+
+
 def test_the_figures_of_the_chinese_readme_are_those_of_the_records():
-    """Until the Chinese pages exist, README.zh.md has the summary of docs/RECORDS.md as its last table."""
-    if any(page.startswith('docs/') for page in pages_in('zh')):
+    """Until docs/data.zh.md exists, README.zh.md has the summary of docs/RECORDS.md as its last table."""
+    if 'docs/data.zh.md' in pages_in('zh'):
         pytest.skip('README.zh.md has the figures of README.md now')
     chinese = read('README.zh.md').partition('docs/RECORDS.md')[2]
     summary = re.search(r'(?ms)^## Summary\n(.*?)^## ', read('docs/RECORDS.md'))[1]
@@ -74,8 +84,9 @@ def test_every_file_they_name_is_there():
     for page in pages_in('en') + pages_in('zh'):
         if page == 'docs/LOG.md':  # names files of its time
             continue
+        created = re.findall(r'```python (\S+)', read(page))  # by the recipes of docs/hacking.md
         for name in re.findall(r'(?:config|data|docs|benchmarks)/[\w./-]+\.(?:py|md)', read(page)):
-            assert (ROOT / name).exists(), f'{page}: {name}'
+            assert (ROOT / name).exists() or name in created, f'{page}: {name}'
 
 
 ENGLISH = 'The quick brown fox jumps over the lazy dog.\n' * 50
