@@ -27,6 +27,12 @@ TINY = [
 TINY_LOADED = [setting for setting in TINY if not setting.startswith('--n_')]  # for a model whose shape is loaded
 
 
+def pytest_configure():
+    """Handle Ctrl-C: a shell may start pytest with SIGINT ignored, and the scripts under test would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker('network') and not index_answers():
         pytest.skip('no package index answers here')

@@ -24,9 +24,6 @@ from core.text.chat_template import chat_tokenizer
 from core.text.tokenizer import bpe_tokenizer
 from core.weights.checkpoint import save_checkpoint
 
-needs_sigint = pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
-                                  reason='a shell that starts tests in the background ignores Ctrl-C')
-
 
 @pytest.fixture(scope='module', autouse=True)
 def few_threads():
@@ -124,7 +121,6 @@ def test_outgrown_context(sent, tmp_path, monkeypatch):
     assert len(sent) == 9 and len(sent[-1]) < 9  # of 17 messages
 
 
-@needs_sigint
 def test_ctrl_c(tmp_path):
     """Ctrl-C ends the answer, and the chat goes on; at the prompt it ends the chat."""
     with started(save_endless(tmp_path / 'm')) as process:

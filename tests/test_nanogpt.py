@@ -291,7 +291,7 @@ def test_resume_on_our_own_folder(letters, tmp_path):
 
 
 def test_folder_with_meta_pkl(letters, tmp_path):
-    """One can train on it, and sample from the trained model without it."""
+    """A model trains on this folder, and samples without it."""
     (letters / 'val.bin').replace(letters / 'train.bin')
     args = [arg for arg in TINY if not arg.startswith('--block_size')] + ['--block_size=8']
     result = run_script('train.py', *args, '--dataset=letters', cwd=tmp_path)

@@ -12,9 +12,6 @@ from conftest import ROOT, make_dataset, run_script, write
 
 from core.weights.checkpoint import load_model, source_tokenizer
 
-needs_sigint = pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
-                                  reason='a shell that starts tests in the background ignores Ctrl-C')
-
 
 def sample(run, *args, **kwargs):
     """Return what sample.py prints."""
@@ -121,7 +118,6 @@ def test_interactive(tiny_run, monkeypatch):
     assert result.out.split('bytes\n')[1].startswith('one') and '\ntwo' in result.out
 
 
-@needs_sigint
 def test_ctrl_c(chinese_run, tmp_path):
     """Ctrl-C ends the sample; what there is so far is printed and written."""
     command = [sys.executable, 'sample.py', f'--out_dir={chinese_run}', '--device=cpu', '--start=满纸',

@@ -25,9 +25,6 @@ from core.inference.server import ChatApp, parse_request  # noqa: E402
 PATH = '/v1/chat/completions'
 OK = {'messages': [user('a')], 'max_tokens': 2}
 
-needs_sigint = pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
-                                  reason='a shell that starts tests in the background ignores Ctrl-C')
-
 
 @pytest.fixture(scope='module', autouse=True)
 def few_threads():
@@ -359,7 +356,6 @@ def test_a_client_that_goes_away_during_its_request(short, capsys):
     assert capsys.readouterr().err == ''
 
 
-@needs_sigint
 def test_serve(tmp_path):
     """chat.py --serve prints its address and streams; a port in use is one line; Ctrl-C ends it amid an answer."""
     run = save_endless(tmp_path / 'endless')
