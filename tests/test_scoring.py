@@ -124,12 +124,14 @@ def harness_results(model_and_tok, items, tmp_path_factory):
         return harness(*model_and_tok, ['digits', 'rolling', 'writing'], str(folder / 'tasks'))['results']
 
 
+@pytest.mark.slow  # lm_eval alone takes 15 s to import
 def test_harness_on_choices(harness_results, model_and_tok, items):
     """It counts the same as multiple_choice()."""
     got = harness_results['digits']['acc,none'], harness_results['digits']['acc_norm,none']
     assert got == pytest.approx(multiple_choice(*model_and_tok, as_questions(items)))
 
 
+@pytest.mark.slow
 def test_harness_on_whole_texts(harness_results, model_and_tok, items):
     model, tok = model_and_tok
     nats = -sum(logprobs(model, [tok.eot, *tok.encode(item['ctx'])]).sum().item() for item in items)
@@ -137,5 +139,6 @@ def test_harness_on_whole_texts(harness_results, model_and_tok, items):
     assert harness_results['rolling']['bits_per_byte,none'] == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_harness_on_generated_texts(harness_results):
     assert 0 <= harness_results['writing']['exact_match,none'] <= 1
