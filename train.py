@@ -39,9 +39,9 @@ from model import GPT, GPTConfig
 out_dir = 'out'  # folder of the checkpoints ckpt.pt (last) and best.pt, of log.csv, and of weights.pt at the end
 eval_interval = 2000  # evaluate and save every so many steps
 log_interval = 1  # print and log every so many steps
-eval_iters = 200  # windows of batch_size rows to evaluate on, evenly spaced, per split; -1: all of the validation split
+eval_iters = 200  # evaluate on this many batches per split, evenly spaced; -1: on all of the validation split
 eval_only = False  # evaluate once, then stop
-always_save_checkpoint = True  # sample from the last checkpoint; False: from the best validation loss
+always_save_checkpoint = True  # sample.py uses the last checkpoint; False: the one with the best validation loss
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if possible), 'gpt2*', a checkpoint, a run or a hub model
 seed = 1337  # of the weights, the batches and dropout
 # samples, printed and kept in out_dir/samples.jsonl
@@ -49,7 +49,7 @@ sample_interval = 0  # print samples, and once a training row, every so many ste
 sample_prompts = '\n'  # prompts, separated by |; for chat models what the user says; '': the dataset's first prompt
 sample_tokens = 100  # maximum number of tokens in a sample
 # checkpoints, beside those at evaluations
-save_interval = 0  # a crash loses at most this many steps (saves every half of it); 0: see eval_interval, save_minutes
+save_interval = 0  # save every save_interval / 2 steps, so a crash loses at most save_interval; 0: do not
 save_minutes = 10.0  # save when this many minutes have passed since the last checkpoint; 0: ignore the clock
 keep_last = 1  # keep this many earlier checkpoints, ckpt_STEP.pt, in case ckpt.pt is damaged
 background_save = True  # copy the state to CPU memory and write it in a thread; False: training waits
@@ -96,7 +96,7 @@ skip_nonfinite = 0  # skip this many steps with a non-finite loss or gradient, t
 # learning rate
 decay_lr = True  # warm up, then decay; False: constant
 schedule = 'cosine'  # 'cosine', or 'wsd': warm-up, stable, then a linear decay
-cooldown = 0.4  # fraction of lr_decay_iters in which wsd decays
+cooldown = 0.4  # wsd decays during this last fraction of lr_decay_iters
 warmup_iters = 2000  # steps of warm-up
 lr_decay_iters = 600000  # step at which min_lr is reached; about max_iters (Hoffmann et al. 2022); -1: max_iters
 min_lr = 6e-5  # about learning_rate / 10; muon_lr decays by the same ratio
