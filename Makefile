@@ -8,7 +8,7 @@ RUN = $(VENV)/bin/python
 
 .PHONY: demo check test test-slow lint clean
 
-CHECK = $(wildcard $(patsubst %,tests/test_%.py,structure model kernels dataset configure settings optimizer)) \
+CHECK = $(patsubst %,tests/test_%.py,structure model kernels dataset configure settings optimizer) \
 	tests/test_train.py::test_golden_losses tests/test_train.py::test_golden_losses_of_qwen3_and_muon
 
 demo: $(VENV)/installed
