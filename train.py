@@ -41,7 +41,7 @@ eval_interval = 2000  # evaluate and save every so many steps
 log_interval = 1  # print and log every so many steps
 eval_iters = 200  # evaluate on this many batches per split, evenly spaced; -1: on all of the validation split
 eval_only = False  # evaluate once, then stop
-always_save_checkpoint = True  # sample.py uses the last checkpoint; False: the one with the best validation loss
+always_save_checkpoint = True  # sample.py uses the last checkpoint, ckpt.pt; False: best.pt (best validation loss)
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if possible), 'gpt2*', a checkpoint, a run or a hub model
 seed = 1337  # of the weights, the batches and dropout
 # samples, printed and kept in out_dir/samples.jsonl
@@ -49,7 +49,7 @@ sample_interval = 0  # print samples, and once a training row, every so many ste
 sample_prompts = '\n'  # prompts, separated by |; for chat models what the user says; '': the dataset's first prompt
 sample_tokens = 100  # maximum number of tokens in a sample
 # checkpoints, beside those at evaluations
-save_interval = 0  # save every save_interval / 2 steps, so a crash loses at most save_interval; 0: do not
+save_interval = 0  # a crash loses at most so many steps: saves every half of it; 0: do not count steps
 save_minutes = 10.0  # save when this many minutes have passed since the last checkpoint; 0: ignore the clock
 keep_last = 1  # keep this many earlier checkpoints, ckpt_STEP.pt, in case ckpt.pt is damaged
 background_save = True  # copy the state to CPU memory and write it in a thread; False: training waits
@@ -68,7 +68,7 @@ block_size = 1024  # tokens in a row: the context
 # model
 n_layer = 12  # layers
 n_head = 12  # attention heads in a layer; 0: heads of 64 channels
-n_embd = 768  # width; 0: 64 * n_layer, with learning_rate given for width 768 and scaled by (768 / n_embd)**0.5
+n_embd = 768  # width; 0: 64 * n_layer, and learning_rate and min_lr are multiplied by (768 / n_embd)**0.5
 dropout = 0.0  # for pretraining 0 is good, for fine-tuning try 0.1 and more
 bias = False  # biases in LayerNorm and Linear layers; without them it is a bit better and faster
 # The defaults are GPT-2 style. Qwen3 style learns faster:
@@ -80,7 +80,7 @@ qk_norm = False  # normalise the queries and keys of each head: attention stays 
 tied = True  # share one matrix between the token embedding and the output head
 n_kv_head = 0  # grouped-query attention (GQA): heads of keys and values, a divisor of n_head; 0: as many as n_head
 head_size = 0  # channels of a head; 0: n_embd / n_head
-n_inner = 0  # width inside the MLP; 0: 4 * n_embd, for swiglu 8/3 * n_embd
+n_inner = 0  # width inside the MLP; 0: 4 * n_embd, with a gate 8/3 * n_embd
 gradient_checkpointing = False  # True: less memory for activations, a third more time
 parallel = 'ddp'  # each process has the full model; 'fsdp': shards, for models larger than one GPU
 # optimizer
@@ -107,7 +107,7 @@ dtype = 'auto'  # bfloat16 if the hardware is fast at it, else float16 on CUDA, 
 compile = True  # use torch.compile: slower to start, then faster; falls back to eager with a warning
 # ---------------------------------------------------------------------------------------------------------------------
 EXTRA_SETTINGS = ('core.weights.lora',)  # modules whose settings are settings of this script too
-config, config_given = {}, {}  # filled by the next line: all settings; those given on the command line
+config, config_given = {}, {}  # filled by the next line: all settings; those of the command line alone
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 settings.check_settings(config)
@@ -147,7 +147,7 @@ if start_from == 'scratch':
     print(f'new model: {describe(model)}')
 elif resuming:
     if training and env.master and os.path.isdir(out_dir):
-        lock = run_folder.lock_run_folder(out_dir)  # held until the process ends
+        lock = run_folder.lock_run_folder(out_dir)  # this name keeps the lock until the process ends
     checkpoint, checkpoint_path = run_folder.load_checkpoint_to_resume(out_dir)
     model = build_model(checkpoint, checkpoint_path, env.device, dropout=dropout)
     weights_name = checkpoint_path

@@ -293,8 +293,8 @@ def try_compile(model, rows, T, env, packed=False):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        print(f'warning: torch.compile does not work here ({type(error).__name__}: {reason}); going on without it')
+        first_line = str(error).strip().partition('\n')[0][:120]
+        print(f'warning: torch.compile does not work here ({type(error).__name__}: {first_line}); going on without it')
         return model
     finally:
         model.zero_grad(set_to_none=True)

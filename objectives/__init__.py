@@ -39,8 +39,8 @@ from another one.
     MEASURES
         The names of what measure() returns. The first is 'loss', by which best.pt is chosen.
     settings
-        Every public global with a plain value, such as `beta = 0.1  # what it does`, is a setting of
-        train.py when this objective is chosen. The functions of the module read it by name.
+        Every public global that is a bool, int, float or str, such as `beta = 0.1  # what it does`, is
+        a setting of train.py when this objective is chosen. The functions of the module read it by name.
 
 The smallest objective takes everything but its loss from another one. Saved as objectives/focal.py, this
 one trains by `python train.py config/train_shakespeare_char_cpu.py --objective=focal --gamma=1.5`:

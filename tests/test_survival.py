@@ -369,26 +369,28 @@ MUON = ['--optimizer=muon', '--n_layer=3', '--gradient_checkpointing=True', '--t
         '--qk_norm=True']
 
 
-@pytest.mark.parametrize('style, processes', [
-    pytest.param([], [3], id='adamw'),
-    pytest.param(MUON, [3, 2], id='muon-checkpointing', marks=pytest.mark.slow),
+@pytest.mark.parametrize('style, stages', [
+    pytest.param([], [(1, 4), (3, 8), (1, 12)], id='adamw'),
+    pytest.param(MUON, [(3, 8), (2, 10), (1, 12)], id='muon-checkpointing', marks=pytest.mark.slow),
 ])
-def test_sharded(style, processes, tiny_data, tmp_path, monkeypatch):
+def test_sharded(style, stages, tiny_data, tmp_path, monkeypatch):
     """
     FSDP on three processes, some of whose shards are empty or uneven, equals one process. Its checkpoints have full
-    tensors, and resume on any number of processes.
+    tensors, so one process can resume them, and FSDP those of one process. stages: (processes, max_iters).
     """
     monkeypatch.setattr('core.training.optimizer.fast_bf16_cpu', lambda: False)  # bf16 rounds more than the tolerance
     script = train_in_fp32(tmp_path)  # the same, for other processes
     args = ['--eval_iters=-1', '--eval_interval=4', '--batch_size=6', '--n_embd=40', '--n_head=2', *style]
     one, several = tmp_path / 'one', tmp_path / 'several'
     train(tiny_data, one, *args, '--max_iters=12')
-    for i, n in enumerate(processes):
-        finish(torchrun('--standalone', f'--nproc_per_node={n}', script, *TINY, f'--dataset={tiny_data}',
-                        f'--out_dir={several}', *args, '--parallel=fsdp', f'--max_iters={[8, 10][i]}',
-                        f'--init_from={["scratch", "resume"][i]}'))
-    out = train(tiny_data, several, *args, '--max_iters=12', '--init_from=resume').out
-    assert f'processes {processes[-1]} -> 1, which share the same 6 rows a step' in out
+    for processes, max_iters in stages:
+        stage = [*args, f'--max_iters={max_iters}', '--init_from=auto']
+        if processes == 1:
+            out = train(tiny_data, several, *stage).out
+        else:
+            finish(torchrun('--standalone', f'--nproc_per_node={processes}', script, *TINY, f'--dataset={tiny_data}',
+                            f'--out_dir={several}', *stage, '--parallel=fsdp'))
+    assert f'processes {stages[-2][0]} -> 1, which share the same 6 rows a step' in out
     assert 'parallel fsdp -> ddp' in out
     assert_close_runs(one, several, loss=2e-6, weights=2e-5)
 

@@ -101,7 +101,7 @@ def architecture_of(config, name):
     odd = [key for key, values in supported.items() if getattr(config, key) not in values]
     if odd:
         found = ', '.join(f'{key}={getattr(config, key)}' for key in odd)
-        expected = ', '.join(f'{key}={supported[key][0]}' for key in odd)
+        expected = ', '.join(f'{key}={" or ".join(map(str, supported[key]))}' for key in odd)
         sys.exit(f'{name}: a network with {found} is none that other programs know: '
                  f'with rope_theta={config.rope_theta} they want {expected}')
     if not config.rope_theta:
