@@ -2,6 +2,7 @@
 What a run survives: kills, lost processes, damaged and missing checkpoints, jumps of the loss, a second run in its
 folder; and that it is the same run on any number of processes.
 """
+import gc
 import json
 import os
 import re
@@ -387,6 +388,7 @@ def test_sharded(style, stages, tiny_data, tmp_path, monkeypatch):
         stage = [*args, f'--max_iters={max_iters}', '--init_from=auto']
         if processes == 1:
             out = train(tiny_data, several, *stage).out
+            gc.collect()  # the run was in this process: give its lock back
         else:
             finish(torchrun('--standalone', f'--nproc_per_node={processes}', script, *TINY, f'--dataset={tiny_data}',
                             f'--out_dir={several}', *stage, '--parallel=fsdp'))
