@@ -23,7 +23,7 @@ test: $(VENV)/installed-dev lint
 	$(RUN) -m pytest -q -n 2 --durations=10
 
 test-slow: $(VENV)/installed-dev
-	$(RUN) -m pytest -q -m slow --durations=10
+	$(RUN) -m pytest -q -n 2 --dist worksteal -m slow --durations=10
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

@@ -13,6 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
+if 'PYTEST_XDIST_WORKER' in os.environ:  # `pytest -n`: one thread each; with more than there are cores, they wait
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 from core import configure
 from core.text import prepare
 

@@ -19,6 +19,7 @@ def figures(out, name):
     return [float(number.replace(',', '')) for number in found.groups()]
 
 
+@pytest.mark.slow
 def test_config_and_trace(tiny_data, tmp_path):
     """Steps with a config file that has too few of them, a trace that can be loaded, and the ten operations."""
     settings = 'max_iters = 5\ngradient_accumulation_steps = 3\nwandb_log = True\n'

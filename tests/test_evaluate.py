@@ -122,8 +122,11 @@ doc_to_target: "{{label}}"
     ('{"ctx": "Ω", "endings": ["a", "b"], "label": 0}', ['--tasks={file}'], ['file: ', 'U+03A9']),
     ('o', ['--data={file}'], ['give more text']),
     ('', ['--dtype=float32,int4'], ['dtype=int4']),
-    ('', ['--lm_eval=no_such_task'], ['no_such_task', 'lm_eval ls tasks']),
-    (NO_DATA_TASK, ['--lm_eval=gone', '--lm_eval_folder={folder}'], ['lm_eval=gone', 'cannot be had']),
+    pytest.param('', ['--lm_eval=no_such_task'], ['no_such_task', 'lm_eval ls tasks'], marks=pytest.mark.slow),
+    pytest.param(
+        NO_DATA_TASK, ['--lm_eval=gone', '--lm_eval_folder={folder}'], ['lm_eval=gone', 'cannot be had'],
+        marks=pytest.mark.slow,
+    ),
 ], ids=lambda x: None)
 def test_bad_input(tiny_run, tmp_path, content, args, names):
     path = write(tmp_path / ('task.yaml' if content == NO_DATA_TASK else 'file'), content)

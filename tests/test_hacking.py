@@ -78,6 +78,7 @@ def commands(recipe):
     return [line for _, block in blocks(recipe, 'sh') for line in block.splitlines()]
 
 
+@pytest.mark.slow
 def test_an_activation(train, tmp_path):
     assert train('An activation')['model_args']['activation'] == 'relu2'
     formula = """import torch
@@ -92,6 +93,7 @@ torch.testing.assert_close(mlp(x), mlp.c_proj(torch.where(h > 0, h * h, 0)))
     assert refused.returncode == 1 and 'activation=relu2' in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_schedule(train, tmp_path):
     rates = ['--learning_rate=1e-3', '--min_lr=0.0']
     train('A learning-rate schedule', '--log_interval=1', '--lr_decay_iters=2', '--cooldown=1.0', *rates)
@@ -99,6 +101,7 @@ def test_a_schedule(train, tmp_path):
     assert rates == pytest.approx([1e-3, 1e-3 * (1 - 0.5**0.5), 0])
 
 
+@pytest.mark.slow
 def test_an_objective(train, tmp_path):
     """The file of the page is the example of the contract, which test_objectives.py compares with next_token."""
     assert train('An objective')['config']['gamma'] == 1.5
@@ -108,6 +111,7 @@ def test_an_objective(train, tmp_path):
     assert textwrap.indent(code, '    ', bool).replace('    \n', '\n') in objectives.__doc__
 
 
+@pytest.mark.slow
 def test_an_optimizer(train, tmp_path):
     checkpoint = train('An optimizer')
     assert [group['rule'] for group in checkpoint['optimizer']['param_groups']] == ['lion', 'lion']
@@ -126,6 +130,7 @@ torch.testing.assert_close(p.data, torch.tensor([0.85, 1.05, 0.95]) * 0.95 - tor
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_dataset(tmp_path):
     recipe = 'A dataset'
     apply(recipe, tmp_path)
@@ -135,6 +140,7 @@ def test_a_dataset(tmp_path):
     assert os.path.getsize(tmp_path / 'data' / 'counting' / 'train.bin') == 2 * 98000
 
 
+@pytest.mark.slow
 def test_an_export_format(tiny_run, tmp_path):
     recipe = 'An export format'
     apply(recipe, tmp_path)

@@ -394,7 +394,12 @@ def test_each_stage_resumes_exactly(base, folder, tmp_path, name):
     assert any(not torch.equal(one[key], before[key]) for key in one if 'lm_head' not in key)  # it has learned
 
 
-@pytest.mark.parametrize('name', ['sft', pytest.param('reward', marks=pytest.mark.slow), 'dpo', 'grpo'])
+@pytest.mark.parametrize('name', [
+    pytest.param('sft', marks=pytest.mark.slow),
+    pytest.param('reward', marks=pytest.mark.slow),
+    pytest.param('dpo', marks=pytest.mark.slow),
+    'grpo',
+])
 def test_one_process_and_two_take_the_same_first_step(base, folder, tmp_path, name):
     args = ['--max_iters=2', '--log_interval=1', '--gradient_accumulation_steps=2', '--dropout=0.0', '--eval_iters=1']
     one, two = tmp_path / 'one', tmp_path / 'two'

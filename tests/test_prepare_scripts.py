@@ -186,8 +186,8 @@ def test_hongloumeng_char(house):
 @needs_novel
 @pytest.mark.parametrize('name', [
     'hongloumeng_char',
-    'hongloumeng_bbpe',
-    pytest.param('hongloumeng_qwen2', marks=pytest.mark.network),
+    pytest.param('hongloumeng_bbpe', marks=pytest.mark.slow),
+    pytest.param('hongloumeng_qwen2', marks=[pytest.mark.slow, pytest.mark.network]),
     pytest.param('classics_bbpe', marks=pytest.mark.slow),
 ])
 def test_the_numbers_of_the_readme(house, name):

@@ -106,9 +106,10 @@ def test_the_batch_does_not_depend_on_accumulation(tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize('rows', [
-    pytest.param(['--gradient_accumulation_steps=2'], id='micro-batches'),
+    pytest.param(['--gradient_accumulation_steps=2'], id='micro-batches', marks=pytest.mark.slow),
     pytest.param(['--batch_size=6'], id='rows'),
-    pytest.param(['--batch_size=6', '--n_layer=3', *QWEN3], id='muon'),  # the ranks share three matrices unevenly
+    # the ranks share three matrices unevenly
+    pytest.param(['--batch_size=6', '--n_layer=3', *QWEN3], id='muon', marks=pytest.mark.slow),
 ])
 def test_two_processes_equal_one(rows, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(optimizer, 'fast_bf16_cpu', lambda: False)  # bf16 rounds more than the tolerance
