@@ -122,15 +122,21 @@ doc_to_target: "{{label}}"
     ('{"ctx": "Ω", "endings": ["a", "b"], "label": 0}', ['--tasks={file}'], ['file: ', 'U+03A9']),
     ('o', ['--data={file}'], ['give more text']),
     ('', ['--dtype=float32,int4'], ['dtype=int4']),
-    pytest.param('', ['--lm_eval=no_such_task'], ['no_such_task', 'lm_eval ls tasks'], marks=pytest.mark.slow),
-    pytest.param(
-        NO_DATA_TASK, ['--lm_eval=gone', '--lm_eval_folder={folder}'], ['lm_eval=gone', 'cannot be had'],
-        marks=pytest.mark.slow,
-    ),
 ], ids=lambda x: None)
 def test_bad_input(tiny_run, tmp_path, content, args, names):
-    path = write(tmp_path / ('task.yaml' if content == NO_DATA_TASK else 'file'), content)
-    args = [arg.replace('{file}', path).replace('{folder}', str(tmp_path)) for arg in args]
+    path = write(tmp_path / 'file', content)
+    refused(tiny_run, [arg.replace('{file}', path) for arg in args], names)
+
+
+@pytest.mark.slow  # lm_eval alone takes 15 s to import
+def test_tasks_that_lm_eval_cannot_run(tiny_run, tmp_path):
+    write(tmp_path / 'task.yaml', NO_DATA_TASK)
+    refused(tiny_run, ['--lm_eval=no_such_task'], ['no_such_task', 'lm_eval ls tasks'])
+    refused(tiny_run, ['--lm_eval=gone', f'--lm_eval_folder={tmp_path}'], ['lm_eval=gone', 'cannot be had'])
+
+
+def refused(tiny_run, args, names):
+    """evaluate.py exits with one line that contains these names."""
     result = run_script('evaluate.py', f'--out_dir={tiny_run}', '--device=cpu', *args)
     assert result.code == 1 and len(result.err.strip().splitlines()) == 1, result.err
     for name in names:

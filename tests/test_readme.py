@@ -154,18 +154,19 @@ def write_texts(data):
 
 
 def add_conversations(copy):
-    """Add a user's conversations and preferences to the copy and, if this machine has no poems, some poems."""
+    """Add a user's conversations and preferences to the copy, and some poems: real ones, if this machine has them."""
     answers = [f'jumps over the {"lazy " * (i % 3)}dog.' for i in range(12)]
     conversations = [{'instruction': 'The quick fox', 'output': answer} for answer in answers]
     preferences = [{'prompt': 'The quick fox', 'chosen': answer, 'rejected': 'The dog.'} for answer in answers[:8]]
     write_json_lines(copy / 'conversations.jsonl', conversations)
     write_json_lines(copy / 'preferences.jsonl', preferences)
-    if not (MIRROR / 'tang_poems.json').exists():
-        titles = [f'春{"夜喜雨山水"[i % 5]}{"一二三四五六七"[i % 7]}' for i in range(300)]
-        poems = [{'title': title, 'author': '', 'paragraphs': POEMS[i % 2]} for i, title in enumerate(titles)]
-        folder = copy / 'data' / 'tang_poems' / 'input'
-        folder.mkdir()
-        (folder / 'tang_poems.json').write_text(json.dumps(poems), encoding='utf-8')
+    titles = [f'春{"夜喜雨山水"[i % 5]}{"一二三四五六七"[i % 7]}' for i in range(300)]
+    poems = [{'title': title, 'author': '', 'paragraphs': POEMS[i % 2]} for i, title in enumerate(titles)]
+    if (MIRROR / 'tang_poems.json').exists():
+        poems = json.loads((MIRROR / 'tang_poems.json').read_text(encoding='utf-8'))[:5000]
+    folder = copy / 'data' / 'tang_poems' / 'input'
+    folder.mkdir()
+    (folder / 'tang_poems.json').write_text(json.dumps(poems), encoding='utf-8')
 
 
 def save_tiny_gpt2(folder):
@@ -211,9 +212,8 @@ def cut_short(command, tmp_path):
     if named & {'config/train_gpt2.py', 'config/speedrun_1gpu.py', 'config/speedrun_8gpu.py'}:
         words.append('--device=cpu')
     if words[1].endswith('prepare.py'):
-        too_many = '=16384' if MIRROR.exists() else '=16384|=8192'  # ids; a few lines support 300
-        words = [re.sub(too_many, '=300', word) for word in words]
-        if 'classics' in words[1] and not MIRROR.exists():
+        words = [re.sub('=16384|=8192', '=300', word) for word in words]  # ids: more need time, and longer texts
+        if 'classics' in words[1]:
             words.append('--vocab_size=300')
     if 'sample.py' in named:
         words += ['--max_new_tokens=4', '--num_samples=2']
@@ -244,8 +244,6 @@ def cut_stage_short(command, tmp_path):
             words += ['--n_layer=1', '--n_head=1', '--n_embd=32']
         if 'Qwen3' in command:
             words += [f'--init_from={tmp_path / "Qwen3-0.6B"}', '--sample_tokens=4']
-        if 'dpo' in command:
-            words.append('--batch_size=32')  # the reference model reads the whole dataset
         if 'grpo' in command:
             words += ['--group_size=2', '--max_new_tokens=4']
         if 'sft_chat' in command:
