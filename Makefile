@@ -1,5 +1,5 @@
 # make demo       from nothing to a sample of a GPT trained here; needs Python 3.10+ and a package index
-# make check      lint and the tests of the core, in about a minute: while you edit
+# make check      lint and the tests of the core, in half a minute: while you edit
 # make test       lint and all fast tests
 # make test-slow  the tests that take minutes
 PYTHON ?= python3
