@@ -78,6 +78,11 @@ def commands(recipe):
     return [line for _, block in blocks(recipe, 'sh') for line in block.splitlines()]
 
 
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_every_recipe_fits_the_code(recipe, tmp_path):
+    apply(recipe, tmp_path)
+
+
 @pytest.mark.slow
 def test_an_activation(train, tmp_path):
     assert train('An activation')['model_args']['activation'] == 'relu2'
