@@ -284,7 +284,9 @@ def test_stages_run(tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize('command', [command for command in commands(*STAGE_PAGES) if command.startswith('bash')])
 def test_pipelines_run(tmp_path, command):
-    """runs/poems.sh and runs/chat.sh, cut short. Started again, they train no stage twice."""
+    """
+    runs/poems.sh and runs/chat.sh, cut short. Started again, they train no stage twice; with another setting they stop.
+    """
     copy, environment = copy_repository(tmp_path)
     add_conversations(copy)
     environment |= {'VOCAB_SIZE': '280', 'CONTEXT': '256'}
@@ -297,6 +299,10 @@ def test_pipelines_run(tmp_path, command):
         output = run(command, words, copy, environment, timeout=900)
         trained = 'iter 1:' in output or 'steps in' in output
         assert trained != again
+    result = subprocess.run([*words, '--weight_decay=0.5'], cwd=copy, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert re.fullmatch(r'runs/\w+.sh: out-\S+ was made from other inputs \(now: --weight_decay=0.5\); to begin anew: .*\n',
+                        result.stderr.splitlines(keepends=True)[-1])
 
 
 @pytest.mark.slow
