@@ -16,7 +16,6 @@ block_size = 256
 
 n_layer = 6
 n_head = 6
-n_kv_head = 2  # a step takes a tenth less time, with the same loss
 n_embd = 192
 dropout = 0.0
 rope_theta = 10000.0

@@ -301,8 +301,7 @@ def test_pipelines_run(tmp_path, command):
         assert trained != again
     result = subprocess.run([*words, '--weight_decay=0.5'], cwd=copy, env=environment, capture_output=True, text=True)
     assert result.returncode == 1
-    assert re.fullmatch(r'runs/\w+.sh: out-\S+ was made from other inputs \(now: --weight_decay=0.5\); to begin anew: .*\n',
-                        result.stderr.splitlines(keepends=True)[-1])
+    assert 'was made from other inputs (now: --weight_decay=0.5); to begin anew: ' in result.stderr
 
 
 @pytest.mark.slow
