@@ -27,12 +27,12 @@ from core.text.download import progress
 from core.text.tokenizer import EOT, char_tokenizer, load_tokenizer, prune_tokenizer, train_bpe
 
 # settings of every prepare.py; a script that assigns one of these names gives it another default
-input = ''  # a text of your own: .txt, .jsonl or .parquet, also as .gz .bz2 .xz .zst, or a folder of these
+input = ''  # your text: .txt .md .jsonl .json .csv .tsv .parquet, also as .gz .bz2 .xz .zst, or a folder of these
 tokenizer = 'char'  # 'char', 'bbpe' (byte-level BPE trained on this text), 'gpt2', 'qwen2', or a tokenizer.json's path
 vocab_size = 8192  # number of ids of a bbpe, <|endoftext|> included
 train_bytes = 9_000_000  # a bbpe is trained on an even sample of so many bytes; 9 MB of Chinese take 0.9 GB of memory
 prune = 'auto'  # cut a BPE to the ids that this text uses: True, False, or auto: qwen2 for texts below 100 MB
-field = 'text'  # the field of a .jsonl line or column of a .parquet file that holds the text
+field = 'text'  # the field of a .jsonl or .json record, or column of a table, that holds the text or a list of lines
 min_chars = 1  # leave out documents with fewer characters
 max_repetition = 1.0  # leave out documents with a larger share of characters in repeated lines; 0.3 is usual
 limit = 0  # stop after so many documents; 0: take all
@@ -40,7 +40,7 @@ val_fraction = 0.1  # validation share: the end of each document; above 1,000 do
 seed = 1337  # for drawing the validation documents
 shard_tokens = 0  # tokens in a shard train_00000.bin, ...; 0: all in train.bin
 num_proc = 0  # threads that encode; 0: one per core
-skip_bad = False  # leave out files in an unknown encoding instead of exiting
+skip_bad = False  # leave out files in an unknown encoding or without the field, instead of exiting
 
 SPLIT_BY_DOCUMENT_ABOVE = 1000  # documents; with more, whole documents are for validation
 PRUNE_BELOW_BYTES = 100_000_000  # with prune='auto': smaller texts use only a few of Qwen2's ids
