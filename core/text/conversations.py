@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-from core.files import atomic, find
+from core.files import atomic, find, locked_dataset
 from core.text.chat_template import chat_tokenizer, check_messages, render
 from core.text.download import progress
 
@@ -176,8 +176,9 @@ def write_folders(folder, tokenizer, conversations, preferences, prompts, max_to
         if any(items.values()):
             path = os.path.join(folder, name)
             folders.append(build_folder(path, kind, tokenizer, items, documents_of, max_tokens))
-    for built in folders:  # only now: if one of them cannot be built, none is written
-        write_folder(*built)
+    with locked_dataset(folder):
+        for built in folders:  # only now: if one of them cannot be built, none is written
+            write_folder(*built)
 
 
 def build_folder(folder, kind, tokenizer, items, documents_of, max_tokens):
