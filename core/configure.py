@@ -4,13 +4,12 @@ import difflib
 import importlib
 import io
 import os
-import shlex
 import sys
 import tokenize
 import types
 from collections import namedtuple
 
-from core.files import ROOT, find
+from core.files import ROOT, find, quoted
 
 EXPECTED = {bool: 'True or False', int: 'an int', float: 'a float', str: 'text'}
 Setting = namedtuple('Setting', 'default comment heading')  # heading: the comment line above it, or ''
@@ -160,7 +159,7 @@ def is_data(argument):
 
 def explain_positional(argument, settings):
     """Return what an argument without -- may have been meant for, in a script without the setting `input`."""
-    name = shlex.quote(argument)
+    name = quoted(argument)
     is_dataset = any(os.path.isdir(find(folder)) for folder in (argument, os.path.join('data', argument)))
     meant = ''
     if os.path.isfile(find(f'{argument}.py')):

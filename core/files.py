@@ -1,5 +1,7 @@
 """Find paths, write files and folders atomically (either completely or not at all), and lock folders."""
 import os
+import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -18,6 +20,16 @@ def find(path):
     if not os.path.exists(path) and os.path.exists(in_repository):
         return in_repository
     return path
+
+
+def quoted(text):
+    """Return a path as it is typed in a shell: quoted only if it must be (shlex.quote() also quotes Chinese)."""
+    return text if re.fullmatch(r'[\w./~:\\-]+', text) else shlex.quote(text)
+
+
+def dataset_folder(name):
+    """Return data/<name>, where train.py finds it: in data/ of the current folder if there is one, else of ROOT."""
+    return os.path.join(find('data'), name)
 
 
 @contextmanager

@@ -10,13 +10,12 @@ import json
 import lzma
 import os
 import re
-import shlex
 import sys
 import zlib
 
 from charset_normalizer import from_bytes
 
-from core.files import find
+from core.files import find, quoted
 
 READ_BYTES = 1 << 18  # bytes read at a time, and the most characters in a piece of text
 COMPRESSED = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zst': None}  # .zst: see _decompress_zst()
@@ -93,7 +92,7 @@ def _convertible(names):
 
 
 def _conversion(path):
-    return CONVERSION_OF[ending_of(path)].format(shlex.quote(os.path.basename(path)))
+    return CONVERSION_OF[ending_of(path)].format(quoted(os.path.basename(path)))
 
 
 def _cannot_read(error):

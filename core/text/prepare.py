@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from core.files import atomic, find, locked_dataset
+from core.files import atomic, find, locked_dataset, quoted
 from core.text.chunks import batch_chunks, chunk, map_in_order, sample_evenly
 from core.text.documents import READ_BYTES, read_documents
 from core.text.download import progress
@@ -466,10 +466,10 @@ def prepare(folder, source, next_command='', tok=None):
         print('stopped; the same command ' + ('goes on from here' if resumable else 'begins anew'), file=sys.stderr)
         sys.exit(130)
     print_summary(folder, plan, tok, done, skipped, time.perf_counter() - started)
-    dataset = os.path.basename(os.path.normpath(folder))
-    config = 'shakespeare_char' if tok.is_char else 'hongloumeng_bbpe'
     if not next_command:
-        next_command = f'python train.py config/train_{config}.py --dataset={dataset} --out_dir=out-{dataset}{LAPTOP}'
+        dataset = os.path.basename(os.path.normpath(folder))
+        next_command = (f'python train.py config/own_text.py --dataset={quoted(dataset)} '
+                        f'--out_dir={quoted(f"out-{dataset}")}')
     print(f'written to {folder}; next:\n{next_command}')
 
 
