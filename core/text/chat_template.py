@@ -50,7 +50,7 @@ def check_messages(messages):
             raise ValueError(f'message {number}: expected {{"role": ..., "content": text}}')
         if message.get('role') not in ROLES:
             expected = f'{", ".join(ROLES[:-1])} or {ROLES[-1]}'
-            raise ValueError(f'unknown role {message.get("role")!r}: expected {expected}')
+            raise ValueError(f'unknown role {message.get("role")!r:.60}: expected {expected}')
 
 
 def render(messages, tokenizer, reply=False):
