@@ -93,7 +93,7 @@ def open_text(name, tok):
 
 def open_text_file(name, path, tok):
     """
-    Do what open_text() does, for a text file. Every kind of newline is read as one line feed, as data/*/prepare.py reads
+    Do what open_text() does, for a text file. Every kind of newline is read as one line feed, as prepare.py reads
     a text for training (a vocabulary of characters has no carriage return). Bits per byte and per character are those
     of the text that is read, without a byte order mark: on a file from Windows they count fewer bytes than it has.
     """
