@@ -23,8 +23,8 @@ import numpy as np
 
 from core.files import atomic, find, locked_dataset, quoted
 from core.text.chunks import batch_chunks, chunk, map_in_order, sample_evenly
-from core.text.documents import READ_BYTES, read_documents
-from core.text.download import progress
+from core.text.documents import READ_BYTES, find_files, read_documents
+from core.text.download import hub_commit, progress
 from core.text.tokenizer import EOT, char_tokenizer, load_tokenizer, prune_tokenizer, train_bpe
 
 # settings of every prepare.py; a script that assigns one of these names gives it another default
@@ -413,7 +413,7 @@ def token_dtype(tok):
     return np.dtype('<u4' if tok.vocab_size > 2**16 else '<u2')
 
 
-def move_to_place(folder, unfinished, plan, tok, done):
+def move_to_place(folder, unfinished, plan, tok, done, commits):
     """
     Write the meta files beside the token files, and move them all to the dataset folder in place of an older dataset.
     """
@@ -421,6 +421,8 @@ def move_to_place(folder, unfinished, plan, tok, done):
     counts = {name: {key: done[name][key] for key in ('tokens', 'characters', 'bytes')} for name in SPLITS}
     meta = {**vocabulary_meta(tok), **counts,
             'documents': plan.n_documents, 'dropped': plan.dropped}
+    if commits:
+        meta['hub'] = commits
     write_text(os.path.join(unfinished, 'meta.json'), json.dumps(meta, indent=2))
     if tok.is_char:
         itos = dict(enumerate(piece.decode() for piece in tok.pieces))
@@ -515,8 +517,16 @@ def prepare_folder(folder, source, tok, skipped):
     if tok is None and tokenizer not in ('char', 'bbpe'):
         tok = load_tokenizer(tokenizer)
 
+    commits = set()  # of the Hugging Face hub
+
+    def paths():
+        paths = source() if callable(source) else source
+        for path in find_files(paths) if isinstance(paths, (str, os.PathLike)) else paths:
+            commits.add(hub_commit(os.path.abspath(path)))
+            yield path
+
     def documents():
-        return read_documents(source() if callable(source) else source, field, skip_bad, skipped)
+        return read_documents(paths(), field, skip_bad, skipped)
 
     def chunks(size=READ_BYTES):
         return chunk(split_documents(documents(), plan), size)
@@ -538,7 +548,7 @@ def prepare_folder(folder, source, tok, skipped):
     try:
         tok, done = start_or_resume(unfinished, progress_path, plan, tok, chunks)
         done = encode_and_write(batch_chunks(chunks()), plan, tok, unfinished, done, progress_path)
-        move_to_place(folder, unfinished, plan, tok, done)
+        move_to_place(folder, unfinished, plan, tok, done, sorted(filter(None, commits)))
     except BaseException as error:
         saved = read_progress(progress_path)
         if not saved or (isinstance(error, SystemExit) and not saved['batches']):  # nothing to resume from
