@@ -141,6 +141,16 @@ def test_a_path_without_dashes_is_the_input(tmp_path):
     assert done.code == 1 and done.err.startswith('nowhere: no such file or folder')
 
 
+@pytest.mark.parametrize('poems', ['5', '{}', '[]', '[5]', '["x"]', '[{"title": "a"}]', '[', '[' * 100_000,
+                                   '[{"title": "a", "paragraphs": [5]}]', '[{"title": ["a"], "paragraphs": ["b"]}]'],
+                         ids=lambda poems: poems[:20])
+def test_poems_of_another_form(tmp_path, poems):
+    path = write(tmp_path / 'poems.json', poems)
+    done = run_script('data/tang_poems/prepare.py', path)
+    assert done.code == 1 and done.err.count('\n') == 1 and done.err.startswith(f'{path}: ')
+    assert 'expected a list of {"title": text, "paragraphs": [line, ...]}' in done.err
+
+
 def test_no_name_for_the_folder(house, tmp_path):
     done = house('data/any_text/prepare.py', '--input=' + write(tmp_path / '.txt', TEXT))
     assert done.returncode == 1 and done.stderr.count('\n') == 1 and '--name' in done.stderr
