@@ -47,7 +47,7 @@ def check_messages(messages):
         raise ValueError('expected a list of messages, at least one')
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get('content'), str):
-            raise ValueError(f'message {number}: expected {{"role": ..., "content": text}}')
+            raise ValueError(f'a message, number {number}: expected {{"role": ..., "content": text}}')
         if message.get('role') not in ROLES:
             expected = f'{", ".join(ROLES[:-1])} or {ROLES[-1]}'
             raise ValueError(f'unknown role {message.get("role")!r:.60}: expected {expected}')

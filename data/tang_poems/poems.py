@@ -43,7 +43,7 @@ def read_poems(path):
         if not isinstance(poems, list) or not poems or not all(map(is_poem, poems)):
             raise ValueError('no poems, or one without title or lines')
     except (OSError, ValueError, RecursionError) as error:
-        sys.exit(f'{path}: {error}; expected a list of {"title": text, "paragraphs": [line, ...]}')
+        sys.exit(f'{path}: {error}; expected a list of {{"title": text, "paragraphs": [line, ...]}}')
     return poems
 
 
