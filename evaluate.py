@@ -6,6 +6,8 @@ Evaluate a model: its loss on a text, also in bits per byte, and its answers to 
     python evaluate.py --init_from=gpt2 --data=my.txt --stride=256                 # each token after 768 or more others
     python evaluate.py --init_from=gpt2 --tasks=hellaswag_val.jsonl                # HellaSwag's format
     python evaluate.py --init_from=gpt2 --lm_eval=piqa,arc_easy                    # tasks of lm-evaluation-harness
+
+Bytes and characters are those of the text as it is scored, with line feeds as newlines.
 """
 import math
 import os
@@ -90,10 +92,17 @@ def open_text(name, tok):
 
 
 def open_text_file(name, path, tok):
-    """Do what open_text() does, for a text file."""
+    """
+    Do what open_text() does, for a text file. Every kind of newline is read as one line feed, as prepare.py reads
+    a text for training (a vocabulary of characters has no carriage return). Bits per byte and per character are those
+    of the text that is read, without a byte order mark: on a file from Windows they count fewer bytes than it has.
+    """
     try:
-        with open(path, encoding='utf-8-sig') as f:
-            ids = tok.encode(f.read())
+        with open(path, encoding='utf-8-sig', newline='') as f:
+            text = f.read()
+        if carriage_returns := text.count('\r'):
+            print(f'{name}: {carriage_returns:,} newlines with a carriage return are read as line feeds')
+        ids = tok.encode(text.replace('\r\n', '\n').replace('\r', '\n'))
     except SystemExit as error:
         sys.exit(f'data={name}: {error}')
     except (OSError, UnicodeDecodeError) as error:

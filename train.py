@@ -161,6 +161,7 @@ iter_num = checkpoint.get('iter_num', 0)
 best_val_loss = float(checkpoint.get('best_val_loss', math.inf))
 measured = checkpoint.get('measured', {})  # the last evaluation
 skipped = checkpoint.get('skipped', 0)  # steps with a loss or gradient that was not finite
+hub = weights_source.get('hub', '')  # 'repo@commit' of the Hugging Face model that the weights came from at first
 run_id = checkpoint.get('run_id') or uuid.uuid4().hex[:8]
 model.gradient_checkpointing = gradient_checkpointing
 block_size = model.config.block_size
@@ -262,6 +263,7 @@ def state():
         'config': config,
         'tokenizer': data.tokenizer.json if data.tokenizer else '',
         'run_id': run_id,
+        'hub': hub,
         'data': data_hash,
         'world_size': env.world_size,
         'objective': objective_module.state(context),

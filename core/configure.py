@@ -9,12 +9,13 @@ import tokenize
 import types
 from collections import namedtuple
 
-from core.files import ROOT, find
+from core.files import ROOT, find, quoted
 
 EXPECTED = {bool: 'True or False', int: 'an int', float: 'a float', str: 'text'}
 Setting = namedtuple('Setting', 'default comment heading')  # heading: the comment line above it, or ''
-Override = namedtuple('Override', 'source key value')  # source: COMMAND_LINE (value is text), or a config file
+Override = namedtuple('Override', 'source key value')  # source: one of the next two (value is text), or a config file
 COMMAND_LINE = '--'
+POSITIONAL = ''  # an argument without -- that is no config file: the `input` of a script that has this setting
 configured = set()  # the modules whose settings were set in this process
 
 
@@ -42,6 +43,7 @@ def configure(script):
         if help_wanted:
             print_help(name, script['__doc__'], settings)
             sys.exit(0)
+        check_inputs(script, settings, overrides)
         values = apply_overrides(name, settings, overrides, verbose)
     except Refused as refused:
         sys.exit(f'{name}: {refused}')
@@ -52,7 +54,7 @@ def configure(script):
     script['config'] = values
     script['config_given'] = {}
     for override in overrides:
-        if override.source == COMMAND_LINE:
+        if override.source in (COMMAND_LINE, POSITIONAL):
             script['config_given'].setdefault(override.key, []).append(override.value)
 
 
@@ -125,6 +127,8 @@ def read_arguments(script, own, arguments, verbose):
         elif accepted == 'all' or (accepted == 'positional' and not argument.startswith('-')):
             others.append(argument)
             continue
+        elif is_data(argument):
+            new = [Override(POSITIONAL, 'input', argument)]
         else:
             new = read_config_file(script, argument)
             if verbose:
@@ -145,6 +149,33 @@ def read_option(argument, rest, own):
     if is_bool and (not rest or rest[0].title() not in ('True', 'False')):
         return key, 'True'
     return key, rest.pop(0) if rest else None
+
+
+def is_data(argument):
+    """Return whether an argument without -- is no config file (which ends in .py) and no setting without its dashes."""
+    is_setting = argument.startswith('-') or ('=' in argument and not os.path.exists(find(argument)))
+    return not argument.endswith('.py') and not is_setting
+
+
+def explain_positional(argument, settings):
+    """Return what an argument without -- may have been meant for, in a script without the setting `input`."""
+    name = quoted(argument)
+    is_dataset = any(os.path.isdir(find(folder)) for folder in (argument, os.path.join('data', argument)))
+    meant = ''
+    if os.path.isfile(find(f'{argument}.py')):
+        meant = f'{argument}.py'
+    elif argument.endswith('.pt') and 'ckpt' in settings:
+        meant = f'--ckpt={name}'
+    elif is_dataset and 'dataset' in settings:
+        meant = f'--dataset={name}'
+    elif os.path.exists(find(argument)) and 'dataset' in settings:
+        meant = f'python data/any_text/prepare.py {name}, which makes a dataset of a text, and then --dataset=...'
+    elif 'data' in settings:
+        meant = f'--data={name}'
+    elif os.path.isfile(find(argument)) and 'start' in settings:
+        meant = f'--start=FILE:{name}'
+    hint = f'; did you mean {meant}?' if meant else ''
+    return f'{argument}: taken for a config file, but those end in .py{hint}'
 
 
 def read_config_file(script, name):
@@ -189,6 +220,17 @@ def convert(override, setting):
     return value
 
 
+def check_inputs(script, settings, overrides):
+    """Exit if arguments without -- are not the input of this script, or are several where it takes one."""
+    positional = [override.value for override in overrides if override.source == POSITIONAL]
+    if positional and 'input' not in settings:
+        raise Refused(explain_positional(positional[0], settings))
+    inputs = [override.value for override in overrides if override.source in (COMMAND_LINE, POSITIONAL)
+              and override.key == 'input']
+    if positional and len(inputs) > 1 and not script.get('SEVERAL_INPUTS'):
+        raise Refused(f'{" ".join(inputs)}: several inputs; expected one, a file or a folder with all of them')
+
+
 def apply_overrides(name, settings, overrides, verbose):
     """Return {setting: value}."""
     values = {key: setting.default for key, setting in settings.items()}
@@ -198,7 +240,7 @@ def apply_overrides(name, settings, overrides, verbose):
             hint = f'; did you mean {near[0]}?' if near else ''
             raise Refused(f'{describe(override)}: no such setting{hint} (python {name} --help lists them)')
         values[override.key] = convert(override, settings[override.key])
-        if verbose and override.source == COMMAND_LINE:
+        if verbose and override.source in (COMMAND_LINE, POSITIONAL):
             print(f'Overriding: {override.key} = {values[override.key]!r}')
     return values
 

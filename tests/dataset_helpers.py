@@ -76,8 +76,8 @@ def write_jsonl(path, texts):
 
 
 def files_of(folder):
-    """{name: bytes} of a dataset folder, without what is unfinished in it."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """{name: bytes} of a dataset folder, without what is unfinished in it and the lock of a killed run."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != 'lock'}
 
 
 def meta_of(folder):

@@ -138,6 +138,27 @@ def test_refused_arguments(run, args, names):
     assert all(name in line for name in names), line
 
 
+@pytest.mark.parametrize('script, argument, says', [
+    ('train.py', 'my.txt', ['python data/any_text/prepare.py my.txt', '--dataset=']),
+    ('train.py', 'data/shakespeare_char', ['--dataset=data/shakespeare_char']),
+    ('train.py', 'config/laptop', ['did you mean config/laptop.py?']),
+    ('train.py', 'nothing', []),
+    ('sample.py', 'my.txt', ['--start=FILE:my.txt']),
+    ('sample.py', 'ckpt.pt', ['--ckpt=ckpt.pt']),
+    ('evaluate.py', 'my text.txt', ["--data='my text.txt'"]),
+    ('chat.py', 'my.txt', []),
+])
+def test_data_without_dashes(tmp_path, script, argument, says):
+    """Only files that end in .py are executed. A text says in one line what it was taken for."""
+    for name in 'my.txt', 'my text.txt', 'ckpt.pt':
+        (tmp_path / name).write_text('open("executed", "w")\n')
+    result = run_script(script, argument, cwd=tmp_path)
+    assert result.code == 1 and result.err.count('\n') == 1, result.err
+    assert result.err.startswith(f'{script}: {argument}: taken for a config file, but those end in .py')
+    assert all(part in result.err for part in says) and ('did you mean' in result.err) == bool(says), result.err
+    assert not (tmp_path / 'executed').exists()
+
+
 @pytest.mark.parametrize('text, names', [
     ('stepps = 3', ['own.py', 'stepps', 'did you mean steps?']),
     ('steps = "3"', ['own.py', "steps='3'", 'an int']),

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import TINY, losses_of, run_script
+from conftest import ROOT, TINY, losses_of, run_script
 
 from core.text.dataset import open_dataset, windows
 from core.text.tokenizer import char_tokenizer
@@ -209,3 +209,19 @@ def test_bits_per_byte_and_per_character(tmp_path):
     first = result.out[result.out.index('step 0:'):].splitlines()[0]
     assert [part.split()[:2] for part in first.removeprefix('step 0: ').split(', ')] == [
         [split, name] for name in ('loss', 'bpb', 'bpc') for split in ('train', 'val')]  # nanoGPT's two come first
+
+
+@pytest.mark.parametrize('name, script, arguments', [
+    ('chat/none', 'data/chat/prepare.py', ' --input=conversations.jsonl --tokenizer=data/my'),
+    ('data/chat/none/', 'data/chat/prepare.py', ' --input=conversations.jsonl --tokenizer=data/my'),
+    ('tang_poems/none', 'data/tang_poems/prepare.py', ''),
+    ('any_text', 'data/any_text/prepare.py', ' --input=my.txt'),
+    ('nothing/sft', '', ''),
+])
+def test_a_missing_dataset_names_the_script_that_makes_it(monkeypatch, tmp_path, name, script, arguments):
+    for folder, path in ((ROOT, script), (tmp_path, str(ROOT / script))):
+        monkeypatch.chdir(folder)
+        with pytest.raises(SystemExit) as stopped:
+            open_dataset(name)
+        run = f'run: python {path}{arguments}' if script else 'any_text/prepare.py makes one from your own text'
+        assert stopped.value.code.endswith(f'; {run}' if script else run)

@@ -1,7 +1,9 @@
 """Reading files of every kind, against Python's own codecs, json and pyarrow; guessing encodings; damaged files."""
 import bz2
 import codecs
+import csv
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -72,9 +74,16 @@ def test_a_folder(tmp_path):
         'y.jsonl.gz',
         'y.jsonl.bz2',
         'y.jsonl.xz',
+        'notes.md',
+        'a/table.csv',
+        'a/table.tsv.gz',
+        'poems.json',
     ]
     for name in readable + [
-        'notes.md',
+        'README.md',
+        'book.epub',
+        'page.html',
+        'table.xlsx',
         'txt',
         'b.zst',
         'c.parquet.gz',
@@ -86,9 +95,10 @@ def test_a_folder(tmp_path):
     assert find_files(str(tmp_path)) == sorted(str(tmp_path / name) for name in readable)
     assert find_files(tmp_path / 'notes.md') == [str(tmp_path / 'notes.md')]  # named, so meant
     assert os.path.samefile(find_files('core/text/documents.py')[0], documents.__file__)
-    write(tmp_path / 'empty' / 'x.md', '')
+    write(tmp_path / 'empty' / 'my book.epub', '')
     line = exit_line(find_files, str(tmp_path / 'empty'))
     assert line.startswith(str(tmp_path / 'empty')) and '.txt' in line and '.parquet' in line
+    assert "of my book.epub: pandoc -t plain -o text.txt 'my book.epub'" in line
     assert 'nowhere.txt: no such' in exit_line(list, read_documents(str(tmp_path / 'nowhere.txt')))
 
 
@@ -318,12 +328,124 @@ def test_jsonl_half_a_character(tmp_path):
 
 
 @pytest.mark.parametrize('line, expected', [
-    ('{"text": ', 'JSONDecodeError'), ('{"content": "a"}', 'KeyError'), ('{"text": 5}', 'it is a int'),
-    ('"text"', 'TypeError'), ('[' * 100_000, 'RecursionError'), ('\ufeff{"text": "a"}', 'JSONDecodeError')])
+    ('{"text": ', 'JSONDecodeError'), ('{"content": "a", "id": 5}', 'there are: content, id'),
+    ('{"text": 5}', 'not a number'), ('{"text": ["a", 5]}', 'not a list'), ('true', 'not true or false'),
+    ('[' * 100_000, 'RecursionError'), ('\ufeff{"text": "a"}', 'JSONDecodeError')])
 def test_bad_jsonl(tmp_path, line, expected):
     path = write(tmp_path / 'x.jsonl', '{"text": "a"}\n\n' + line + '\n')
     said = exit_line(list, read_documents(path))
     assert said.startswith(f'{path}, line 3: ') and '"text"' in said and '--field' in said and expected in said
+
+# ----------------------------------------------------------------------------- .json, .csv and .tsv
+
+
+def as_csv(rows, **kwargs):
+    """A table as Python's csv module writes it, with Windows' ends of lines."""
+    table = io.StringIO(newline='')
+    csv.writer(table, **kwargs).writerows(rows)
+    return table.getvalue()
+
+
+@pytest.mark.parametrize('name, write_table', [('x.csv', as_csv), ('x.tsv', lambda rows: as_csv(rows, delimiter='\t'))])
+@pytest.mark.parametrize('packer', PACKERS)
+def test_tables(tmp_path, monkeypatch, name, write_table, packer):
+    """Cells may hold separators, quotes and newlines; blocks end anywhere; the column is --field's."""
+    rng = random.Random(name + packer)
+    for _ in range(5):
+        monkeypatch.setattr(documents, 'READ_BYTES', rng.randrange(1, 300))
+        texts = [SIMPLIFIED, '', *(a_text(rng).replace('\0', '') + ',"\t' for _ in range(5)), 'a' * 200_000]
+        table = write_table([['id', 'text, all'], *enumerate(texts)])
+        path = write(tmp_path / (name + packer), PACKERS[packer](table.encode(rng.choice(['utf-8-sig', 'gb18030']))))
+        documents._guess_encoding.cache_clear()
+        expected = [one_newline(text) for text in texts]
+        assert read(path, 'text, all') == read(str(tmp_path), 'text, all') == expected
+
+
+@pytest.mark.parametrize('table, says', [
+    ('id,body\n1,a\n', 'line 1: no "text" (--field names another), there are: id, body'),
+    ('', 'line 1: no "text"'),
+    ('id,text\n1,a\n\n2\n', 'line 4: 1 columns; expected 2'),
+    ('id,text\n1,"a\n', 'unexpected end of data'),
+    ('id,text\n1,"a" b\n', 'line 2: '),
+])
+def test_bad_tables(tmp_path, table, says):
+    path = write(tmp_path / 'x.csv', table)
+    line = exit_line(list, read_documents(path))
+    assert line.startswith(f'{path}, ') and says in line
+
+
+POEMS = [{'author': 'a', 'paragraphs': ['满纸荒唐言，', '一把辛酸泪。']},
+         {'paragraphs': ['都云作者痴。']}, {'paragraphs': []}]
+POEM_TEXTS = ['满纸荒唐言，\n一把辛酸泪。', '都云作者痴。', '']
+
+
+@pytest.mark.parametrize('data, field, expected', [
+    (POEMS, 'paragraphs', POEM_TEXTS),
+    ({'poems': POEMS, 'version': 1}, 'paragraphs', POEM_TEXTS),
+    (POEMS[0], 'paragraphs', POEM_TEXTS[:1]),
+    ([{'text': 'a'}, {'text': None}, {'text': '🙂 b'}], 'text', ['a', '', '🙂 b']),
+    (['a', 'b\nc'], 'text', ['a', 'b\nc']),
+    ([], 'text', []),
+], ids=str)
+def test_json(tmp_path, data, field, expected):
+    """A list of records, in any layout, encoding and compression; a list of texts is joined."""
+    for i, text in enumerate((json.dumps(data), json.dumps(data, ensure_ascii=False, indent=2) + '\n')):
+        for packer in PACKERS:
+            path = write(tmp_path / f'{i}.json{packer}', PACKERS[packer](text.encode('utf-8-sig')))
+            assert read(path, field) == expected
+
+
+def test_json_with_a_record_per_line(tmp_path):
+    """As C4's .json.gz files have them."""
+    path = write(tmp_path / 'c4.json.gz', gzip.compress(b'{"text": "a"}\n\n{"text": "b"}\n'))
+    assert read(path) == ['a', 'b']
+    assert read(write(tmp_path / 'one.json', '{"text": "a"}')) == ['a']
+
+
+@pytest.mark.parametrize('text, says', [
+    ('[{"text": "a"}', 'expected JSON: JSONDecodeError'),
+    ('', 'expected JSON'),
+    ('5', 'a number; expected a list'),
+    ('{"a": [], "b": [], "n": 1}', 'an object with 2 lists (a, b, n); expected a list'),
+    ('[{"title": "a", "content": "b"}]', 'item 1: no "text" (--field names another), there are: title, content'),
+    ('[{"text": "a"}, {"text": 5}]', 'item 2: expected a text in "text" (--field names another), not a number'),
+    ('[5]', 'item 1: expected a text in "text" (--field names another), not a number'),
+])
+def test_bad_json(tmp_path, text, says):
+    path = write(tmp_path / 'x.json', text)
+    line = exit_line(list, read_documents(path))
+    assert line.startswith(path) and says in line
+
+
+def test_files_without_the_field_may_be_left_out(tmp_path, capsys):
+    """As the authors beside chinese-poetry's poems."""
+    for i in range(2):
+        write(tmp_path / '宋词' / f'ci.song.{i}000.json', json.dumps(POEMS[i:i + 1]))
+    authors = write(tmp_path / '宋词' / 'author.song.json', json.dumps([{'name': 'a'}]))
+    write(tmp_path / '宋词' / 'README.md', 'about them')
+    line = exit_line(list, read_documents(str(tmp_path), 'paragraphs'))
+    assert line.startswith(f'{authors}, item 1: no "paragraphs"')
+    assert line.endswith('--skip_bad=True leaves such files out')
+    assert read(str(tmp_path), 'paragraphs', skip_bad=True) == POEM_TEXTS[:2]
+    assert capsys.readouterr().err == f'{authors}: left out: no "paragraphs" in it\n'
+
+
+@pytest.mark.parametrize('name, how', [
+    ('a.html', 'pandoc'), ('a.epub', 'pandoc'), ('a.docx', 'pandoc'), ('a.pdf', 'pdftotext'), ('a.xlsx', '.csv'),
+    ('a.xml.bz2', '.jsonl'), ('a.yaml', '.json'), ('a.zip', 'unpack'), ('a.tar', 'unpack'), ('a.tar.gz', 'unpack'),
+    ('a.tgz', 'unpack'), ('A.PDF', 'pdftotext A.PDF'),
+])
+def test_files_that_have_to_be_converted(tmp_path, name, how):
+    path = write(tmp_path / name, 'text')
+    line = exit_line(list, read_documents(path))
+    assert line.startswith(f'{path}: ') and 'expected a .txt' in line and how in line.partition('to convert it: ')[2]
+
+
+def test_a_large_json_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(documents, 'LARGE_JSON', 5)
+    path = write(tmp_path / 'x.json', '["some text"]')
+    assert read(path) == read(path) == ['some text']
+    assert capsys.readouterr().out.count('.jsonl') == 2  # one line, whose command names two
 
 # ----------------------------------------------------------------------------- .parquet
 
@@ -337,7 +459,7 @@ def test_parquet(tmp_path, kwargs):
     assert [piece for piece in read_documents(path, 'body') if piece is not None] == [text for text in texts if text]
     assert read(str(tmp_path), 'body') == read(path, 'body')
     assert path in (line := exit_line(list, read_documents(path))) and '"text"' in line and 'id, body' in line
-    assert 'row 1' in (line := exit_line(list, read_documents(path, 'id'))) and 'int' in line
+    assert 'row 1' in (line := exit_line(list, read_documents(path, 'id'))) and 'not a number' in line
 
 
 def test_parquet_types(tmp_path):
@@ -348,10 +470,12 @@ def test_parquet_types(tmp_path):
         'dictionary': pyarrow.array(texts).dictionary_encode(),
         'bytes': pyarrow.array([b'\xff'] * 250),
         'nulls': pyarrow.nulls(250),
+        'lines': pyarrow.array([['a', 'b'], []] * 125),
     }
     path = write_parquet(tmp_path / 'x.parquet', columns)
     assert read(path, 'large') == read(path, 'dictionary') == [text or '' for text in texts]
     assert read(path, 'nulls') == [''] * 250
+    assert read(path, 'lines') == ['a\nb', ''] * 125
     assert 'bytes' in exit_line(list, read_documents(path, 'bytes'))
 
 

@@ -108,7 +108,12 @@ def test_a_silent_server_is_not_waited_for(tmp_path, monkeypatch):
 
 
 def test_a_package(server, tmp_path, monkeypatch):
-    """What pip finds is checked and read, but not installed. The wheel is made here; pip takes it from a folder."""
+    """
+    What pip finds is checked and read, but not installed. The wheel is made here; pip takes it from a folder, as PIP_*
+    says. A pip.py in the current folder is not executed.
+    """
+    write(tmp_path / 'here' / 'pip.py', 'open("executed", "w")')
+    monkeypatch.chdir(tmp_path / 'here')
     wheel = tmp_path / 'wheels' / 'some_text-1.0-py3-none-any.whl'
     wheel.parent.mkdir()
     with zipfile.ZipFile(wheel, 'w') as z:
@@ -126,7 +131,7 @@ def test_a_package(server, tmp_path, monkeypatch):
               package='some-text==1.0', package_sha256=wheel_sha256, extract=lambda z: z.read('some_text/x.txt'))
 
     get('a', sha256)
-    assert (tmp_path / 'a').read_bytes() == BODY
+    assert (tmp_path / 'a').read_bytes() == BODY and os.listdir(tmp_path / 'here') == ['pip.py']
     line = exit_line(get, 'b', '0' * 64)
     assert 'sha256' in line and not (tmp_path / 'b').exists()
 

@@ -51,6 +51,18 @@ def test_loss(tiny_run, text, stride):
     assert f'{len(ids) - 1:,} tokens' in out
 
 
+def test_newlines_are_read_as_in_training(tmp_path, tiny_run):
+    """A text from Windows has the loss and the bytes that it has with line feeds, and the output says so."""
+    lines = 'one two three\nfour five six\nseven eight nine zero\n'
+    results = {}
+    for newline in '\n', '\r\n', '\r':
+        path = write(tmp_path / 'x.txt', b'\xef\xbb\xbf' + lines.replace('\n', newline).encode())
+        *results[newline], out = evaluate(f'--out_dir={tiny_run}', f'--data={path}')
+        assert f'{len(lines) - 1} tokens, {len(lines) - 1} bytes, {len(lines) - 1} characters' in out
+        assert ('3 newlines with a carriage return are read as line feeds' in out) == (newline != '\n')
+    assert results['\n'] == results['\r\n'] == results['\r']
+
+
 def test_the_validation_split(tiny_run, tiny_data):
     """By default all of it, with the loss of train.py --eval_only; every dtype has a line."""
     result = run_script(

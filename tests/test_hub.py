@@ -24,7 +24,8 @@ pytest.importorskip('huggingface_hub')
 SCRIPTS = {'openwebtext': ('Skylion007/openwebtext', 'plain_text/train-0000{}-of-00003.parquet'),
            'fineweb_edu': ('HuggingFaceFW/fineweb-edu', 'sample/10BT/00{}_00000.parquet'),
            'wikipedia_zh': ('wikimedia/wikipedia', '20231101.zh/train-0000{}-of-00003.parquet')}
-COMMIT = 'c0ffee' + '0' * 34
+COMMIT = 'c0ffee' + '0' * 34  # the newest
+OLD = '01d' + '0' * 37
 BBPE = '--tokenizer=bbpe', '--vocab_size=300'  # GPT-2's merges are not on every machine
 NO_PROXY = {'no_proxy': '127.0.0.1', 'NO_PROXY': '127.0.0.1'}
 
@@ -64,11 +65,13 @@ def hub(tmp_path):
         def do_GET(self):
             path = unquote(self.path).split('?')[0]
             got.asked.append((self.command, path))
+            self.commit = OLD if OLD in path else COMMIT
+            path = path.replace(f'/resolve/{self.commit}/', '/resolve/main/')
             if path.startswith('/api/datasets/'):
-                prefix = f'/datasets/{path.removeprefix("/api/datasets/")}/resolve/main/'
+                prefix = f'/datasets/{path.removeprefix("/api/datasets/").partition("/revision/")[0]}/resolve/main/'
                 siblings = [{'rfilename': file.removeprefix(prefix)} for file in files if file.startswith(prefix)]
                 self.answer(
-                    json.dumps({'id': prefix, 'sha': COMMIT, 'siblings': siblings}).encode() if siblings else None
+                    json.dumps({'id': prefix, 'sha': self.commit, 'siblings': siblings}).encode() if siblings else None
                 )
             else:
                 self.answer(None if got.broken and path.endswith(got.broken) else files.get(path))
@@ -80,7 +83,7 @@ def hub(tmp_path):
             data = data or b''
             for key, value in {
                 'ETag': f'"{hashlib.sha1(data).hexdigest()}"',
-                'X-Repo-Commit': COMMIT,
+                'X-Repo-Commit': self.commit,
                 'Content-Length': len(data),
             }.items():
                 self.send_header(key, str(value))
@@ -193,6 +196,8 @@ def test_corpus_comes_from_the_hub(house, hub, corpus):
     assert done.stdout.count(f'{corpus}: 3 files from {hub.url}/datasets/{repo}') == 1
     assert sum(path.startswith('/api/datasets/') for _, path in hub.asked) == 1
     assert 'next:\npython train.py config/train_' in done.stdout
+    meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+    assert meta['hub'] == [f'{repo}@{COMMIT}'] and f', commit {COMMIT}, ' in done.stdout
 
 
 def test_limit_fetches_the_first_file_only_and_the_cache_serves_offline(house, hub):
@@ -211,6 +216,16 @@ def test_limit_fetches_the_first_file_only_and_the_cache_serves_offline(house, h
     )  # what is there is not fetched again
     assert done.returncode == 0 and fetched(hub) == ['train-00000-of-00003.parquet', 'train-00001-of-00003.parquet']
     assert documents_of(house.root / 'data' / 'wikipedia_zh') == articles(0) + articles(1)[:1]
+
+
+def test_a_revision_of_the_hub(house, hub):
+    """All files are of that commit, and offline the cache has it too."""
+    for env in {}, {'HF_HUB_OFFLINE': '1'}:
+        done = house('wikipedia_zh', '--vocab_size=300', '--limit=12', f'--revision={OLD}', HF_ENDPOINT=hub.url, **env)
+        assert done.returncode == 0, done.stderr
+        meta = json.loads((house.root / 'data' / 'wikipedia_zh' / 'meta.json').read_text(encoding='utf-8'))
+        assert meta['hub'] == [f'wikimedia/wikipedia@{OLD}']
+    assert not [path for _, path in hub.asked if COMMIT in path or '/main/' in path]
 
 
 def test_own_files_come_before_the_hub(house, hub, tmp_path):

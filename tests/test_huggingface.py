@@ -8,7 +8,7 @@ from conftest import TINY_LOADED, exit_line, losses_of, run_script, write
 from torch.nn import functional as F
 
 from core.text.tokenizer import char_tokenizer
-from core.weights.checkpoint import load_checkpoint
+from core.weights.checkpoint import load_checkpoint, load_model
 from core.weights.huggingface import huggingface_names, load_pretrained
 
 transformers = pytest.importorskip('transformers')
@@ -236,3 +236,23 @@ def test_a_dataset_of_another_tokenizer(tiny_data, tmp_path):
     paths = [f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}', f'--init_from={tmp_path}']
     result = run_script('train.py', *TINY_LOADED, *paths)
     assert result.code == 1 and 'another tokenizer' in result.err and result.err.count('\n') == 1
+
+
+def test_the_commit_of_a_hub_model_is_kept(tmp_path, tiny_data, monkeypatch):
+    """repo@revision names a revision; the commit is printed and stays in the checkpoint."""
+    import huggingface_hub
+    commit = 'c0ffee' + '0' * 34
+    folder = tmp_path / 'models--org--tiny' / 'snapshots' / commit
+    make(folder, 'gpt2')
+    asked = []
+
+    def snapshot_download(repo, revision=None, allow_patterns=()):
+        asked.append((repo, revision))
+        return str(folder)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
+    result = run_script('train.py', *TINY_LOADED, '--block_size=16', '--max_iters=1', f'--dataset={tiny_data}',
+                        '--init_from=org/tiny@v1.0', '--out_dir=a', cwd=tmp_path)
+    assert result.code == 0 and f'loaded org/tiny@v1.0 (commit {commit}): ' in result.out, result.err
+    for source in str(tmp_path / 'a'), 'org/tiny':
+        assert load_model(source)[1]['hub'] == f'org/tiny@{commit}'
+    assert asked == [('org/tiny', 'v1.0'), ('org/tiny', None)]

@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import exit_line, make_dataset, write
 from dataset_helpers import (
@@ -22,7 +24,7 @@ from dataset_helpers import (
 
 from core.files import ROOT
 from core.text import prepare
-from core.text.tokenizer import Tokenizer
+from core.text.tokenizer import Tokenizer, load_tokenizer
 
 pytest_plugins = 'dataset_fixtures'
 
@@ -194,6 +196,66 @@ def test_a_killed_run_leaves_no_temporary_files(tmp_path, corpus, small_blocks, 
     write(tmp_path / 'd' / 'unfinished' / 'progress.json.tmp123', '{')
     assert 'going on' in make_dataset(tmp_path / 'd', str(corpus))
     assert sorted(os.listdir(tmp_path / 'd')) == ['meta.json', 'meta.pkl', 'tokenizer.json', 'train.bin', 'val.bin']
+
+
+@pytest.mark.parametrize('shard_tokens', [0, 300])
+def test_tokens_that_changed_on_the_disk(tmp_path, corpus, small_blocks, monkeypatch, shard_tokens):
+    """As another preparation in the same folder would change them: noticed at the end, and when it goes on."""
+    small_blocks(100)
+    make(tmp_path / 'whole', corpus, shard_tokens=shard_tokens)
+    make(tmp_path / 'd', write(tmp_path / 'old.txt', TEXT))
+    before, name = files_of(tmp_path / 'd'), 'train_00000.bin' if shard_tokens else 'train.bin'
+
+    def change(folder):
+        path = folder / 'unfinished' / name
+        data = path.read_bytes()
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+
+    with monkeypatch.context() as patch:
+        move = prepare.move_to_place
+        patch.setattr(prepare, 'move_to_place', lambda folder, *args: (change(tmp_path / 'd'), move(folder, *args)))
+        line = exit_line(make_dataset, tmp_path / 'd', str(corpus), shard_tokens=shard_tokens)
+    assert 'train tokens on the disk are not those that were written' in line
+    assert files_of(tmp_path / 'd') == before and not (tmp_path / 'd' / 'unfinished').exists()
+
+    interrupted(tmp_path, corpus, monkeypatch, shard_tokens=shard_tokens)
+    change(tmp_path / 'd')
+    out = make_dataset(tmp_path / 'd', str(corpus), shard_tokens=shard_tokens)
+    assert 'beginning anew' in out and 'going on' not in out
+    assert files_of(tmp_path / 'd') == files_of(tmp_path / 'whole')
+
+
+def test_two_at_a_time(tmp_path):
+    """The second one ends with a line and changes nothing; it can run when the first one has ended."""
+    filelock = pytest.importorskip('filelock')
+    path = write(tmp_path / 'x.txt', TEXT)
+    (tmp_path / 'd').mkdir()
+    with filelock.FileLock(tmp_path / 'd' / 'lock'):
+        line = exit_line(make_dataset, tmp_path / 'd', path)
+        assert line.startswith(f'{tmp_path / "d"}: another preparation is writing there')
+        assert os.listdir(tmp_path / 'd') == ['lock']
+    make_dataset(tmp_path / 'd', path)
+    assert 'lock' not in os.listdir(tmp_path / 'd')
+
+
+@pytest.mark.slow
+def test_two_at_a_time_for_real(tmp_path):
+    """Start two, a moment apart: one of them ends at once, and the other's dataset is whole."""
+    with open(tmp_path / 'big.txt', 'w', encoding='utf-8') as f:
+        f.writelines(f'{i} {CHINESE}\n' for i in range(100_000))
+    (tmp_path / 'data').mkdir()
+    command = [sys.executable, os.path.join(ROOT, 'data', 'any_text', 'prepare.py'), 'big.txt', '--name=two']
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    for delay in (0, 0.3):
+        first = subprocess.Popen(command, cwd=tmp_path, **pipes)
+        time.sleep(delay)
+        second = subprocess.Popen(command, cwd=tmp_path, **pipes)
+        errors = [process.communicate()[1].decode() for process in (first, second)]
+        assert sorted([first.returncode, second.returncode]) == [0, 1], errors
+        assert sum(error.count('another preparation is writing there') for error in errors) == 1
+        tokens = np.fromfile(tmp_path / 'data' / 'two' / 'train.bin', '<u2')
+        known = load_tokenizer(str(tmp_path / 'data' / 'two'))
+        assert np.array_equal(tokens, known.encode((tmp_path / 'big.txt').read_text(encoding='utf-8')[:len(tokens)]))
 
 
 def test_with_another_seed_or_vocabulary_it_starts_anew(tmp_path, small_blocks, monkeypatch):

@@ -295,7 +295,7 @@ def test_bad_settings(tmp_path, settings, expected):
     ('x.jsonl', '\n\n', 'no text'),
     ('x.jsonl', '{"text": "a"}\n{"text": \n', 'line 2'),
     ('x.jsonl', '{"content": "a"}', '"text"'),
-    ('folder/x.md', 'a', 'no .txt'),
+    ('folder/x.pdf', 'a', 'pdftotext x.pdf'),
     ('folder/x.txt', '', 'no text'),
     ('x.txt', 'déjà vu, café'.encode('latin-1'), 'byte 0xe9'),
     ('x.txt', 'a', 'nothing for training'),

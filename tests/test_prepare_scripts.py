@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import random
 import re
@@ -10,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import write
+from conftest import run_script, write
 from dataset_helpers import (
     CHINESE,
     MIRROR,
@@ -102,7 +103,9 @@ def test_tinyshakespeare_from_the_package(house):
     ('v1.0-corpus.txt.gz', 'v1.0-corpus'),
     ('红楼梦, 上 (一).txt', '红楼梦-上-一'),
     ('Book.PARQUET', 'Book'),
-    ('notes.md', 'notes.md'),
+    ('notes.md', 'notes'),
+    ('poems.JSON.xz', 'poems'),
+    ('book.of.poems', 'book.of.poems'),
 ])
 def test_the_name_of_the_folder(house, tmp_path, given, name):
     """One that --dataset takes as it is printed."""
@@ -112,11 +115,40 @@ def test_the_name_of_the_folder(house, tmp_path, given, name):
         )
     elif given.endswith('.gz'):
         (tmp_path / given).write_bytes(gzip.compress(TEXT.encode()))
+    elif given.endswith('.xz'):
+        (tmp_path / given).write_bytes(lzma.compress(json.dumps([TEXT]).encode()))
     else:
         write(tmp_path / given, json.dumps({'text': TEXT}) if given.endswith('.jsonl') else TEXT)
     done = house('data/any_text/prepare.py', f'--input={tmp_path / given}')
-    assert done.returncode == 0 and f'--dataset={name} --out_dir=out-{name}' in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert f'config/own_text.py --dataset={name} --out_dir=out-{name}\n' in done.stdout
     assert (house.root / 'data' / name / 'train.bin').exists()
+
+
+def test_a_path_without_dashes_is_the_input(tmp_path):
+    """It is read and not executed, whatever is in it."""
+    (tmp_path / 'data').mkdir()
+    write(tmp_path / 'my text.txt', 'open("executed", "w")\n' * 9)
+    write(tmp_path / 'small.py', 'val_fraction = 0.5\n')
+    done = run_script('data/any_text/prepare.py', 'my text.txt', 'small.py', '--shard_tokens=99', cwd=tmp_path)
+    assert done.code == 0 and meta_of(tmp_path / 'data' / 'my-text')['train']['tokens'] == 99, done.err
+    assert not (tmp_path / 'executed').exists()
+    for arguments in (['my text.txt', 'b.txt'], ['my text.txt', '--input=b.txt']):
+        done = run_script('data/any_text/prepare.py', *arguments, cwd=tmp_path)
+        assert done.code == 1 and done.err.endswith('my text.txt b.txt: several inputs; expected one, a file or a '
+                                                    'folder with all of them\n')
+    done = run_script('data/novels/prepare.py', 'nowhere', cwd=tmp_path)
+    assert done.code == 1 and done.err.startswith('nowhere: no such file or folder')
+
+
+@pytest.mark.parametrize('poems', ['5', '{}', '[]', '[5]', '["x"]', '[{"title": "a"}]', '[', '[' * 100_000,
+                                   '[{"title": "a", "paragraphs": [5]}]', '[{"title": ["a"], "paragraphs": ["b"]}]'],
+                         ids=lambda poems: poems[:20])
+def test_poems_of_another_form(tmp_path, poems):
+    path = write(tmp_path / 'poems.json', poems)
+    done = run_script('data/tang_poems/prepare.py', path)
+    assert done.code == 1 and done.err.count('\n') == 1 and done.err.startswith(f'{path}: ')
+    assert 'expected a list of {"title": text, "paragraphs": [line, ...]}' in done.err
 
 
 def test_no_name_for_the_folder(house, tmp_path):
@@ -247,7 +279,7 @@ def test_a_folder_of_novels(house, tmp_path):
     for name, encoding, text in zip(('甲.txt', '乙/b.TXT', '丙.txt.gz'), ('gbk', 'utf-16', 'utf-8'), texts):
         data = text.replace('。', '。\r\n').encode(encoding)
         write(tmp_path / 'novels' / name, gzip.compress(data) if name.endswith('gz') else data)
-    write(tmp_path / 'novels' / 'notes.md', 'not a novel')
+    write(tmp_path / 'novels' / 'readme.md', 'not a novel')
     done = house('data/novels/prepare.py', f'--input={tmp_path}/novels', '--vocab_size=400')
     assert (
         done.returncode == 0

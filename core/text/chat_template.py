@@ -45,12 +45,12 @@ def check_messages(messages):
     """Raise ValueError, with the reason, unless messages is [{'role': ..., 'content': text}, ...]."""
     if not isinstance(messages, list) or not messages:
         raise ValueError('expected a list of messages, at least one')
-    for message in messages:
+    for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get('content'), str):
-            raise ValueError('a message: expected {"role": ..., "content": text}')
+            raise ValueError(f'a message, number {number}: expected {{"role": ..., "content": text}}')
         if message.get('role') not in ROLES:
             expected = f'{", ".join(ROLES[:-1])} or {ROLES[-1]}'
-            raise ValueError(f'unknown role {message.get("role")!r}: expected {expected}')
+            raise ValueError(f'unknown role {message.get("role")!r:.60}: expected {expected}')
 
 
 def render(messages, tokenizer, reply=False):

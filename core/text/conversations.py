@@ -8,8 +8,9 @@ import sys
 
 import numpy as np
 
-from core.files import atomic, find
+from core.files import atomic, find, locked_dataset
 from core.text.chat_template import chat_tokenizer, check_messages, render
+from core.text.documents import json_kind
 from core.text.download import progress
 
 ROLE_OF = {'human': 'user', 'gpt': 'assistant', 'chatgpt': 'assistant'}  # ShareGPT's speakers
@@ -24,71 +25,94 @@ def read(path):
     record that is neither.
     """
     path = find(path)
+    by_line = not path.lower().endswith('.json')
     try:
         with open(path, encoding='utf-8-sig') as f:
-            for number, record in numbered_records(f, path.lower().endswith('.json')):
+            for number, record in numbered_records(f, by_line):
                 try:
-                    if isinstance(record, str):
-                        record = json.loads(record)
-                    yield parse_record(record)
-                except (ValueError, TypeError, RecursionError) as error:  # JSONDecodeError is a ValueError
-                    sys.exit(f'{path}, record {number}: {error}')
-    except (OSError, ValueError) as error:
+                    yield parse_record(json.loads(record) if by_line else record)
+                except (ValueError, RecursionError) as error:
+                    is_json = not isinstance(error, (json.JSONDecodeError, RecursionError))
+                    sys.exit(f'{path}, record {number}: {"" if is_json else "not JSON: "}{error}')
+    except (OSError, ValueError, RecursionError) as error:
         sys.exit(f'{path}: {error}; expected a .jsonl file, or a .json file with a list')
 
 
-def numbered_records(f, is_list):
-    """Yield (number, record) of an open file: the items of a JSON list, or the lines, not parsed yet."""
-    if not is_list:
+def numbered_records(f, by_line):
+    """Yield (number, record) of an open file: the lines, not parsed yet, or the items of a JSON list."""
+    if by_line:
         for number, line in enumerate(f, 1):
             if line.strip():
                 yield number, line
         return
     records = json.load(f)
     if not isinstance(records, list):
-        raise ValueError('expected a list of records')
+        raise ValueError(f'{json_kind(records)}, not a list of records')
     yield from enumerate(records, 1)
 
 
 def parse_record(record):
     """
-    Return the messages of a conversation (OpenAI's, ShareGPT's or Alpaca's form), or (messages, chosen, rejected)
-    of a preference. Raises ValueError if the record has no such form.
+    Return the messages of a conversation (OpenAI's, ShareGPT's or Alpaca's form, or prompt and completion), or
+    (messages, chosen, rejected) of a preference. Raises ValueError if the record has no such form.
     """
     if not isinstance(record, dict):
-        raise ValueError('expected a JSON object')
+        raise ValueError(f'expected a JSON object, not {json_kind(record)}')
     if 'chosen' in record or 'rejected' in record:
         return parse_preference(record)
     if 'messages' in record:
         messages = record['messages']
     elif 'conversations' in record:
-        messages = [sharegpt_message(turn) for turn in record['conversations']]
+        messages = sharegpt_messages(record['conversations'])
     elif 'instruction' in record:
         messages = alpaca_messages(record)
+    elif 'completion' in record:
+        messages = [*prompt_messages(record.get('prompt')),
+                    {'role': 'assistant', 'content': answer_of(record, 'completion')}]
     else:
         raise ValueError("expected 'messages' (OpenAI), 'conversations' (ShareGPT), 'instruction' and 'output' "
-                         "(Alpaca), or 'chosen' and 'rejected'")
+                         "(Alpaca), 'prompt' and 'completion', or 'chosen' and 'rejected'")
     check_messages(messages)
     if not any(message['role'] == 'assistant' and message['content'] for message in messages):
         raise ValueError('the assistant says nothing in this conversation, so there is nothing to learn')
     return messages
 
 
-def sharegpt_message(turn):
-    if not isinstance(turn, dict):
-        return turn  # check_messages() says what is wrong
-    speaker = turn.get('from')
-    return {'role': ROLE_OF.get(speaker, speaker), 'content': turn.get('value')}
+def sharegpt_messages(turns):
+    if not isinstance(turns, list):
+        raise ValueError(f'conversations: expected a list of turns, not {json_kind(turns)}')
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ('from', 'value')):
+            raise ValueError(f'turn {number}: expected {{"from": "human" or "gpt", "value": text}}')
+        messages.append({'role': ROLE_OF.get(turn['from'], turn['from']), 'content': turn['value']})
+    return messages
 
 
 def alpaca_messages(record):
+    for key in ('instruction', 'input', 'output', 'system'):
+        is_optional = key in ('input', 'system')
+        if not isinstance(record.get(key), str) and not (is_optional and record.get(key) is None):
+            raise ValueError(f'{key}: expected a text, not {json_kind(record.get(key))}')
     messages = []
     if record.get('system'):
         messages.append({'role': 'system', 'content': record['system']})
     question = '\n\n'.join(filter(None, [record['instruction'], record.get('input')]))
     messages.append({'role': 'user', 'content': question})
-    messages.append({'role': 'assistant', 'content': record.get('output')})
+    messages.append({'role': 'assistant', 'content': record['output']})
     return messages
+
+
+def prompt_messages(prompt):
+    """Return the messages of a prompt, a text or a list of messages. Raises ValueError if it is something else."""
+    if isinstance(prompt, str):
+        return [{'role': 'user', 'content': prompt}]
+    if not isinstance(prompt, list):
+        raise ValueError(f'the prompt: expected a text or a list of messages, not {json_kind(prompt)}')
+    check_messages(prompt)
+    if prompt[-1]['role'] == 'assistant':
+        raise ValueError("the prompt ends with the assistant's answer; expected it to end with what is answered")
+    return prompt
 
 
 def parse_preference(record):
@@ -98,11 +122,7 @@ def parse_preference(record):
     """
     prompt_of_side = {side: record[side][:-1] for side in ('chosen', 'rejected') if isinstance(record.get(side), list)}
     prompt = prompt_of_side.get('chosen') or record.get('messages', record.get('prompt'))
-    messages = [{'role': 'user', 'content': prompt}] if isinstance(prompt, str) else prompt
-    check_messages(messages)
-    if messages[-1]['role'] == 'assistant':
-        raise ValueError("the prompt of a preference ends with the assistant's answer; "
-                         'expected it to end with what is answered')
+    messages = prompt_messages(prompt)
     if len(prompt_of_side) == 2 and prompt_of_side['chosen'] != prompt_of_side['rejected']:
         raise ValueError('chosen and rejected answer different prompts')
     chosen = answer_of(record, 'chosen')
@@ -112,15 +132,18 @@ def parse_preference(record):
     return messages, chosen, rejected
 
 
-def answer_of(record, side):
-    """Return the text of one side of a preference. Raises ValueError if there is none."""
-    answer = record.get(side)
-    if isinstance(answer, list) and answer:
+def answer_of(record, key):
+    """
+    Return the text of an answer: of a side of a preference, whose list may begin with the prompt, or of a completion.
+    Raises ValueError if there is none.
+    """
+    answer = record.get(key)
+    if isinstance(answer, list) and (len(answer) == 1 or (answer and key != 'completion')):
         answer = answer[-1]
     if isinstance(answer, dict) and answer.get('role', 'assistant') == 'assistant':
         answer = answer.get('content')
     if not isinstance(answer, str) or not answer:
-        raise ValueError(f'{side}: expected the text of an answer')
+        raise ValueError(f'{key}: expected the text of an answer, or a message of the assistant')
     return answer
 
 
@@ -176,8 +199,9 @@ def write_folders(folder, tokenizer, conversations, preferences, prompts, max_to
         if any(items.values()):
             path = os.path.join(folder, name)
             folders.append(build_folder(path, kind, tokenizer, items, documents_of, max_tokens))
-    for built in folders:  # only now: if one of them cannot be built, none is written
-        write_folder(*built)
+    with locked_dataset(folder):
+        for built in folders:  # only now: if one of them cannot be built, none is written
+            write_folder(*built)
 
 
 def build_folder(folder, kind, tokenizer, items, documents_of, max_tokens):

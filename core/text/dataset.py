@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from core.files import find
+from core.files import find, quoted
 from core.text.tokenizer import EOT, Tokenizer, char_tokenizer, gpt2_tokenizer, load_tokenizer
 
 SPLITS = ('train', 'val')
@@ -117,10 +117,7 @@ def _open_folder(name):
     """Open one folder. Returns folder, dtype, vocab_size, tokenizer, files {split: [(path, tokens)]}, kind, longest."""
     candidates = [find(os.path.join('data', os.path.expanduser(name))), find(name)]
     folder = next((path for path in candidates if os.path.isdir(path)), candidates[0])
-    if os.path.exists(f'{folder}/prepare.py'):
-        hint = f'run: python {folder}/prepare.py'
-    else:
-        hint = 'python data/any_text/prepare.py makes one from your own text'
+    hint = _how_to_make(name)
     paths = {split: _bin_paths(folder, split) for split in SPLITS}
     if not paths['train']:
         sys.exit(f'dataset={name}: no {folder}/train.bin; {hint}')
@@ -143,6 +140,18 @@ def _open_folder(name):
     _check_counts(folder, files, meta, hint)
     return SimpleNamespace(folder=folder, dtype=dtype, vocab_size=vocab_size, tokenizer=tok, files=files,
                            kind=meta.get('kind', ''), longest=meta.get('longest', 0))
+
+
+def _how_to_make(name):
+    """Return the command that makes a dataset, as the docstring of the prepare.py in or above its folder shows it."""
+    path = os.path.normpath(os.path.expanduser(name))
+    for folder in filter(None, (path, os.path.dirname(path))):
+        for script in (find(os.path.join('data', folder, 'prepare.py')), find(os.path.join(folder, 'prepare.py'))):
+            if os.path.exists(script):
+                with open(script, encoding='utf-8') as f:
+                    usage = re.search(r'^ +python data/\S+/prepare\.py( .*)', f.read(), re.MULTILINE)
+                return f'run: python {quoted(script)}{usage[1] if usage else ""}'
+    return 'python data/any_text/prepare.py makes one from your own text'
 
 
 def _bin_paths(folder, split):

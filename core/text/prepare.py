@@ -15,24 +15,25 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 
-from core.files import atomic, find
+from core.files import atomic, find, locked_dataset, quoted
 from core.text.chunks import batch_chunks, chunk, map_in_order, sample_evenly
-from core.text.documents import READ_BYTES, read_documents
-from core.text.download import progress
+from core.text.documents import READ_BYTES, find_files, read_documents
+from core.text.download import hub_commit, progress
 from core.text.tokenizer import EOT, char_tokenizer, load_tokenizer, prune_tokenizer, train_bpe
 
 # settings of every prepare.py; a script that assigns one of these names gives it another default
-input = ''  # a text of your own: .txt, .jsonl or .parquet, also as .gz .bz2 .xz .zst, or a folder of these
+input = ''  # your text: .txt .md .jsonl .json .csv .tsv .parquet, also as .gz .bz2 .xz .zst, or a folder of these
 tokenizer = 'char'  # 'char', 'bbpe' (byte-level BPE trained on this text), 'gpt2', 'qwen2', or a tokenizer.json's path
 vocab_size = 8192  # number of ids of a bbpe, <|endoftext|> included
 train_bytes = 9_000_000  # a bbpe is trained on an even sample of so many bytes; 9 MB of Chinese take 0.9 GB of memory
 prune = 'auto'  # cut a BPE to the ids that this text uses: True, False, or auto: qwen2 for texts below 100 MB
-field = 'text'  # the field of a .jsonl line or column of a .parquet file that holds the text
+field = 'text'  # the field of a .jsonl or .json record, or column of a table, that holds the text or a list of lines
 min_chars = 1  # leave out documents with fewer characters
 max_repetition = 1.0  # leave out documents with a larger share of characters in repeated lines; 0.3 is usual
 limit = 0  # stop after so many documents; 0: take all
@@ -40,7 +41,7 @@ val_fraction = 0.1  # validation share: the end of each document; above 1,000 do
 seed = 1337  # for drawing the validation documents
 shard_tokens = 0  # tokens in a shard train_00000.bin, ...; 0: all in train.bin
 num_proc = 0  # threads that encode; 0: one per core
-skip_bad = False  # leave out files in an unknown encoding instead of exiting
+skip_bad = False  # leave out files in an unknown encoding or without the field, instead of exiting
 
 SPLIT_BY_DOCUMENT_ABOVE = 1000  # documents; with more, whole documents are for validation
 PRUNE_BELOW_BYTES = 100_000_000  # with prune='auto': smaller texts use only a few of Qwen2's ids
@@ -272,7 +273,7 @@ class Split:
 
     def __init__(self, folder, name, dtype, count):
         self.folder, self.name = folder, name
-        self.count = count  # {'tokens', 'characters', 'bytes'}
+        self.count = count  # {'tokens', 'characters', 'bytes', 'crc32': of all token files, one after the other}
         self.file = None
         self.shard_size = shard_tokens or sys.maxsize
         shard, tokens = divmod(count['tokens'], self.shard_size)
@@ -283,8 +284,7 @@ class Split:
 
     def _open(self, shard, mode):
         self.close()
-        name = f'{self.name}_{shard:05d}.bin' if shard_tokens else f'{self.name}.bin'
-        self.file = open(os.path.join(self.folder, name), mode)
+        self.file = open(token_file(self.folder, self.name, shard), mode)
 
     def write(self, ids, characters, size):
         """Write ids, which stand for so many characters and bytes."""
@@ -293,7 +293,9 @@ class Split:
             if not tokens:
                 self._open(shard, 'wb')
             room = self.shard_size - tokens
-            self.file.write(ids[:room].tobytes())
+            data = ids[:room].tobytes()
+            self.file.write(data)
+            self.count['crc32'] = zlib.crc32(data, self.count['crc32'])
             self.count['tokens'] += min(len(ids), room)
             ids = ids[room:]
         self.count['characters'] += characters
@@ -308,6 +310,43 @@ class Split:
         if self.file:
             self.flush()
             self.file.close()
+
+
+def token_file(folder, name, shard):
+    """Return the path of a token file of a split."""
+    return os.path.join(folder, f'{name}_{shard:05d}.bin' if shard_tokens else f'{name}.bin')
+
+
+def has_what_was_written(folder, name, count, itemsize):
+    """Return whether the token files of a split begin with what Split has written, according to `count`."""
+    crc32 = shard = 0
+    left = count['tokens'] * itemsize  # bytes
+    try:
+        while left:
+            with open(token_file(folder, name, shard), 'rb') as f:
+                left_in_shard = min(left, shard_tokens * itemsize or left)
+                left -= left_in_shard
+                while left_in_shard:
+                    block = f.read(min(left_in_shard, 1 << 20))
+                    if not block:
+                        return False
+                    crc32 = zlib.crc32(block, crc32)
+                    left_in_shard -= len(block)
+            shard += 1
+    except FileNotFoundError:
+        return False
+    return crc32 == count.get('crc32')
+
+
+def check_written(folder, unfinished, done, itemsize):
+    """Exit unless the token files are exactly what Split has written. Then the next run begins anew."""
+    for name in SPLITS:
+        files = [file for file in os.listdir(unfinished) if re.fullmatch(rf'{name}(_\d+)?\.bin', file)]
+        size = sum(os.path.getsize(os.path.join(unfinished, file)) for file in files)
+        if size != done[name]['tokens'] * itemsize or not has_what_was_written(unfinished, name, done[name], itemsize):
+            os.remove(os.path.join(unfinished, 'progress.json'))
+            sys.exit(f'{folder}: the {name} tokens on the disk are not those that were written; another program or the '
+                     'disk has changed them; run the same command again, which begins anew')
 
 
 def encode_batch(batch, tok, eot, dtype):
@@ -374,12 +413,16 @@ def token_dtype(tok):
     return np.dtype('<u4' if tok.vocab_size > 2**16 else '<u2')
 
 
-def move_to_place(folder, unfinished, plan, tok, done):
+def move_to_place(folder, unfinished, plan, tok, done, commits):
     """
     Write the meta files beside the token files, and move them all to the dataset folder in place of an older dataset.
     """
-    meta = {**vocabulary_meta(tok), 'train': done['train'], 'val': done['val'],
+    check_written(folder, unfinished, done, token_dtype(tok).itemsize)
+    counts = {name: {key: done[name][key] for key in ('tokens', 'characters', 'bytes')} for name in SPLITS}
+    meta = {**vocabulary_meta(tok), **counts,
             'documents': plan.n_documents, 'dropped': plan.dropped}
+    if commits:
+        meta['hub'] = commits
     write_text(os.path.join(unfinished, 'meta.json'), json.dumps(meta, indent=2))
     if tok.is_char:
         itos = dict(enumerate(piece.decode() for piece in tok.pieces))
@@ -413,7 +456,8 @@ def prepare(folder, source, next_command='', tok=None):
     check_settings()
     skipped = []  # files in an unknown encoding
     try:
-        plan, tok, done = prepare_folder(folder, source, tok, skipped)
+        with locked_dataset(folder):
+            plan, tok, done = prepare_folder(folder, source, tok, skipped)
     except (OSError, KeyboardInterrupt) as error:
         resumable = os.path.exists(os.path.join(folder, 'unfinished', 'progress.json'))
         if isinstance(error, OSError):
@@ -424,10 +468,10 @@ def prepare(folder, source, next_command='', tok=None):
         print('stopped; the same command ' + ('goes on from here' if resumable else 'begins anew'), file=sys.stderr)
         sys.exit(130)
     print_summary(folder, plan, tok, done, skipped, time.perf_counter() - started)
-    dataset = os.path.basename(os.path.normpath(folder))
-    config = 'shakespeare_char' if tok.is_char else 'hongloumeng_bbpe'
     if not next_command:
-        next_command = f'python train.py config/train_{config}.py --dataset={dataset} --out_dir=out-{dataset}{LAPTOP}'
+        dataset = os.path.basename(os.path.normpath(folder))
+        next_command = (f'python train.py config/own_text.py --dataset={quoted(dataset)} '
+                        f'--out_dir={quoted(f"out-{dataset}")}')
     print(f'written to {folder}; next:\n{next_command}')
 
 
@@ -473,8 +517,16 @@ def prepare_folder(folder, source, tok, skipped):
     if tok is None and tokenizer not in ('char', 'bbpe'):
         tok = load_tokenizer(tokenizer)
 
+    commits = set()  # of the Hugging Face hub
+
+    def paths():
+        paths = source() if callable(source) else source
+        for path in find_files(paths) if isinstance(paths, (str, os.PathLike)) else paths:
+            commits.add(hub_commit(os.path.abspath(path)))
+            yield path
+
     def documents():
-        return read_documents(source() if callable(source) else source, field, skip_bad, skipped)
+        return read_documents(paths(), field, skip_bad, skipped)
 
     def chunks(size=READ_BYTES):
         return chunk(split_documents(documents(), plan), size)
@@ -496,13 +548,11 @@ def prepare_folder(folder, source, tok, skipped):
     try:
         tok, done = start_or_resume(unfinished, progress_path, plan, tok, chunks)
         done = encode_and_write(batch_chunks(chunks()), plan, tok, unfinished, done, progress_path)
-        move_to_place(folder, unfinished, plan, tok, done)
+        move_to_place(folder, unfinished, plan, tok, done, sorted(filter(None, commits)))
     except BaseException as error:
         saved = read_progress(progress_path)
         if not saved or (isinstance(error, SystemExit) and not saved['batches']):  # nothing to resume from
             shutil.rmtree(unfinished, ignore_errors=True)
-            if os.path.isdir(folder) and not os.listdir(folder):
-                os.rmdir(folder)
         raise
     return plan, tok, done
 
@@ -517,9 +567,13 @@ def start_or_resume(unfinished, progress_path, plan, tok, chunks):
     tokenizer_path = os.path.join(unfinished, 'tokenizer.json')
     done = read_progress(progress_path)
     if done.get('task') == task:
-        tokens = done['train']['tokens'] + done['val']['tokens']
-        print(f'going on where it was interrupted, after {tokens:,} tokens')
-        return load_tokenizer(tokenizer_path), done
+        saved_tok = load_tokenizer(tokenizer_path)
+        itemsize = token_dtype(saved_tok).itemsize
+        if all(has_what_was_written(unfinished, name, done[name], itemsize) for name in SPLITS):
+            tokens = done['train']['tokens'] + done['val']['tokens']
+            print(f'going on where it was interrupted, after {tokens:,} tokens')
+            return saved_tok, done
+        print(f'{unfinished}: the tokens there are not those that were written; beginning anew')
 
     shutil.rmtree(unfinished, ignore_errors=True)
     os.makedirs(unfinished)
@@ -528,7 +582,8 @@ def start_or_resume(unfinished, progress_path, plan, tok, chunks):
         sys.exit(f'{plan.n_documents:,} documents, but the tokenizer has no {EOT} to put between them: '
                  'join them, or use another tokenizer')
     write_text(tokenizer_path, tok.json)
-    done = {'task': task, 'batches': 0, **{name: {'tokens': 0, 'characters': 0, 'bytes': 0} for name in SPLITS}}
+    done = {'task': task, 'batches': 0,
+            **{name: {'tokens': 0, 'characters': 0, 'bytes': 0, 'crc32': 0} for name in SPLITS}}
     write_text(progress_path, json.dumps(done))
     return tok, done
 

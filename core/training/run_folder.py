@@ -4,12 +4,9 @@ import json
 import os
 import shutil
 import sys
-import tempfile
-
-from filelock import FileLock, Timeout
 
 from core.distributed import all_reduce
-from core.files import atomic
+from core.files import atomic, lock_folder
 from core.weights.checkpoint import earlier_checkpoints, load_last
 
 
@@ -71,21 +68,12 @@ def lock_run_folder(out_dir):
     Create the folder, lock it until this process ends, and delete temporary files of killed runs. Return the lock.
     Exits if another run has the lock, or if the folder cannot be written to.
     """
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
-        lock = FileLock(os.path.join(out_dir, 'lock'), timeout=0, is_singleton=True)  # a process may lock it twice
-        lock.acquire()
+    lock = lock_folder(out_dir, f'out_dir={out_dir}', 'another run is writing there; '
+                       'wait for its end or stop it, or choose another --out_dir')
+    if lock:
         for name in glob.glob(os.path.join(glob.escape(out_dir), '*.tmp[0-9]*')):
             os.remove(name)
-        return lock
-    except Timeout:
-        sys.exit(f'out_dir={out_dir}: another run is writing there; '
-                 'wait for its end or stop it, or choose another --out_dir')
-    except NotImplementedError:
-        print(f'warning: the file system of {out_dir} has no locks, so nothing keeps a second run from writing there')
-    except OSError as error:
-        sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
+    return lock
 
 
 def write_run_json(out_dir, **entries):

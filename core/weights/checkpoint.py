@@ -10,6 +10,7 @@ import torch
 
 from core.files import atomic, find
 from core.text.dataset import open_dataset, read_meta_pkl
+from core.text.download import hub_commit
 from core.text.tokenizer import gpt2_tokenizer
 from core.weights.huggingface import download_pretrained, load_pretrained
 from core.weights.lora import add_adapters, merge, trained_weights, weight_sample, without_adapters
@@ -165,8 +166,9 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
     Load a network onto the CPU; LoRA adapters are merged into their base. Returns (model, source).
 
     init_from: 'resume' (the run in out_dir, or the file ckpt), a checkpoint file, a run's folder, or a GPT-2, Llama
-    or Qwen3 by its name on the Hugging Face hub or its folder.
-    source: a dict that source_tokenizer() takes: the checkpoint, or {'folder': path} for a Hugging Face model.
+    or Qwen3 by its name on the Hugging Face hub (perhaps name@revision) or its folder.
+    source: a dict that source_tokenizer() takes: the checkpoint, or for a Hugging Face model {'folder': path, 'hub':
+    'repo@commit' if it is of the hub, else ''}.
     """
     folder = find(init_from)
     if init_from == 'resume':
@@ -178,8 +180,10 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
     else:
         folder = download_pretrained(folder)
         model = load_pretrained(folder, dropout)
-        print(f'loaded {init_from}: {describe(model)}')
-        return model, {'folder': folder}
+        hub = hub_commit(folder)
+        commit = f' (commit {hub.partition("@")[2]})' if hub else ''
+        print(f'loaded {init_from}{commit}: {describe(model)}')
+        return model, {'folder': folder, 'hub': hub}
 
     checkpoint = load_checkpoint(path)
     model = build_model(checkpoint, path, dropout=dropout)

@@ -270,8 +270,8 @@ def check_weights(state, views, config, name):
 
 def download_pretrained(name):
     """
-    Return the folder of a Hugging Face model: `name` itself if it is a folder, else a download from the hub.
-    huggingface_hub reads HF_ENDPOINT and HF_HOME.
+    Return the folder of a Hugging Face model: `name` itself if it is a folder, else a download from the hub, where
+    `name` may be repo@revision (a commit, tag or branch). huggingface_hub reads HF_ENDPOINT and HF_HOME.
     """
     folder = os.path.expanduser(name)
     if os.path.isfile(os.path.join(folder, 'config.json')):
@@ -282,7 +282,8 @@ def download_pretrained(name):
         from huggingface_hub import snapshot_download
         patterns = ['config.json', '*.safetensors', '*.safetensors.index.json']
         patterns += ['tokenizer.json', 'vocab.json', 'merges.txt']
-        return snapshot_download(name, allow_patterns=patterns)
+        repo, _, revision = name.partition('@')
+        return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
     except Exception as error:  # every kind of network failure has its own class there
         sys.exit(f'{name}: no such folder, and no such model could be had from the Hugging Face hub '
                  f'({type(error).__name__}); without network, give the path of a folder '

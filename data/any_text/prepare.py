@@ -1,8 +1,8 @@
 """
 Prepare your own text, in any of the usual formats and encodings and of any size. Writes the dataset folder data/<name>.
 
-    python data/any_text/prepare.py --input=my.txt --tokenizer=char
-    python train.py config/train_shakespeare_char.py --dataset=my --out_dir=out-my
+    python data/any_text/prepare.py --input=my.txt
+    python train.py config/own_text.py --dataset=my --out_dir=out-my
 """
 import os
 import re
@@ -10,7 +10,8 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository
 
-from core.files import find
+from core.files import dataset_folder
+from core.text.documents import name_of
 from core.text.prepare import prepare
 
 name = ''  # name of the dataset folder; '': the name of the input without its endings
@@ -18,10 +19,8 @@ EXTRA_SETTINGS = ('core.text.prepare',)  # modules whose settings are settings o
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 if not input:
-    sys.exit('no input given: python data/any_text/prepare.py --input=my.txt (or .jsonl, .parquet, a folder of these)')
-base = os.path.basename(os.path.abspath(os.path.expanduser(input)))
-stem = re.sub(r'(?i)(\.txt|\.jsonl|\.parquet)?(\.gz|\.bz2|\.xz|\.zst)?$', '', base)
-name = name or re.sub(r'[^\w.-]+', '-', stem).strip('.-')  # no characters that a shell would want quoted
+    sys.exit('no input given: python data/any_text/prepare.py my.txt (or another file, or a folder)')
+name = name or re.sub(r'[^\w.-]+', '-', name_of(os.path.expanduser(input))).strip('.-')  # needs no quotes in a shell
 if not name:
     sys.exit(f'input={input}: this gives no name for the dataset folder; choose one by --name=...')
-prepare(os.path.join(find('data'), name), input)
+prepare(dataset_folder(name), input)

@@ -1,6 +1,7 @@
 """
 Prepare your own conversations for instruction tuning, and preferences for a reward model, DPO and GRPO.
-Writes the dataset folders data/chat/sft, data/chat/pairs and data/chat/prompts.
+Writes the dataset folders data/chat/sft, data/chat/pairs and data/chat/prompts: in data/ of the current folder if there
+is one, else of the repository.
 
     python data/chat/prepare.py --input=conversations.jsonl --tokenizer=data/my
     python train.py config/sft_chat.py --init_from=out-my
@@ -10,6 +11,7 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository: for core/
 
+from core.files import dataset_folder, quoted
 from core.text.conversations import divide, prompt_of, read, write_folders
 from core.text.tokenizer import load_tokenizer
 
@@ -20,24 +22,42 @@ max_tokens = 1024  # longer conversations are cut there; at most the model's con
 val_fraction = 0.05  # share of the conversations and of the pairs for validation
 seed = 1337  # of the random choice of the validation part
 name = 'chat'  # of the folder in data/
+SEVERAL_INPUTS = True  # as arguments without --input= too
 # -----------------------------------------------------------------------------
 config, config_given = {}, {}
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 if not input:
-    sys.exit('no input given: python data/chat/prepare.py --input=conversations.jsonl')
+    sys.exit('no input given: python data/chat/prepare.py conversations.jsonl')
 if max_tokens < 8:
     sys.exit(f'max_tokens={max_tokens}: expected at least 8')
 
 
-def check_vocabulary(tok, texts):
-    """Exit if a text has a character that the tokenizer lacks."""
-    for text in texts:
-        unknown = tok.unknown(text)
-        if unknown:
-            char = unknown[0]
-            sys.exit(f'not in the vocabulary of {tokenizer}: {char!r} (U+{ord(char):04X}), in {text[:40]!r}; '
-                     'take another tokenizer, or leave the text out')
+def texts_of(record):
+    """Return the texts of a conversation or a preference."""
+    messages, *answers = record if isinstance(record, tuple) else (record,)
+    return [*(message['content'] for message in messages), *answers]
+
+
+def check_vocabulary(tok, records):
+    """Exit if the tokenizer lacks characters of the records, with the first ten of these characters."""
+    missing = {}  # in order
+    n_records = 0
+    for record in records:
+        unknown = tok.unknown(''.join(texts_of(record)))
+        missing.update(dict.fromkeys(unknown))
+        n_records += bool(unknown)
+    if not missing:
+        return
+    shown = ', '.join(f'{char!r} (U+{ord(char):04X})' for char in list(missing)[:10])
+    if len(missing) > 10:
+        shown += f' and {len(missing) - 10:,} more'
+    way_out = ''
+    if tok.is_char:
+        way_out = ('train with a tokenizer that has every character, made by '
+                   'python data/any_text/prepare.py --input=... --tokenizer=bbpe, or ')
+    sys.exit(f'not in the vocabulary of {tokenizer}: {shown}, in {n_records:,} of {len(records):,} conversations; '
+             f'{way_out}leave these conversations out')
 
 
 tok = load_tokenizer(tokenizer)
@@ -46,10 +66,7 @@ if not records:
     sys.exit(f'{input}: there is no conversation in it')
 conversations = [record for record in records if isinstance(record, list)]  # messages
 preferences = [record for record in records if isinstance(record, tuple)]  # (messages, chosen, rejected)
-for messages in conversations:
-    check_vocabulary(tok, [message['content'] for message in messages])
-for messages, chosen, rejected in preferences:
-    check_vocabulary(tok, [*(message['content'] for message in messages), chosen, rejected])
+check_vocabulary(tok, records)
 
 conversations = divide(conversations, val_fraction, seed)
 preferences = divide(preferences, val_fraction, seed)
@@ -58,10 +75,7 @@ for split in ('train', 'val'):
     prompts[split] = [prompt_of(messages) for messages in conversations[split] if prompt_of(messages)]
     prompts[split] += [messages for messages, _, _ in preferences[split]]
 
-folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
-write_folders(folder, tok, conversations, preferences, prompts, max_tokens)
-if conversations['train']:
-    command = f'python train.py config/sft_chat.py --dataset={name}/sft'
-else:
-    command = f'python train.py config/dpo_chat.py --dataset={name}/pairs'
+write_folders(dataset_folder(name), tok, conversations, preferences, prompts, max_tokens)
+config_name, part = ('sft_chat', 'sft') if conversations['train'] else ('dpo_chat', 'pairs')
+command = f'python train.py config/{config_name}.py --dataset={quoted(f"{name}/{part}")}'
 print(f'next: {command} --init_from=..., the run whose tokenizer this is')

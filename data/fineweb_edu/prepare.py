@@ -14,9 +14,10 @@ from core.text.prepare import prepare
 tokenizer = 'gpt2'  # the corpus's token counts and published losses are in its tokens
 val_fraction = 0.0005  # as for OpenWebText; about 4,800 of 9,672,101 documents
 shard_tokens = 100_000_000  # 200 MB a file, easy to copy
+revision = ''  # commit or branch on the hub; '': the newest commit, which is printed and kept in meta.json
 EXTRA_SETTINGS = ('core.text.prepare',)  # modules whose settings are settings of this script too
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
-source = input or (lambda: hub_files('HuggingFaceFW/fineweb-edu', 'sample/10BT/*.parquet', 'fineweb_edu'))
+source = input or (lambda: hub_files('HuggingFaceFW/fineweb-edu', 'sample/10BT/*.parquet', 'fineweb_edu', revision))
 prepare(folder, source, 'python train.py config/train_gpt2.py --dataset=fineweb_edu --out_dir=out-fineweb_edu')

@@ -15,9 +15,10 @@ tokenizer = 'gpt2'  # as in nanoGPT, so that losses can be compared
 val_fraction = 0.0005  # nanoGPT's; about 4,000 of 8,013,769 documents
 seed = 2357  # nanoGPT's, but drawn by another generator: other documents are for validation
 shard_tokens = 100_000_000  # 200 MB a file, easy to copy
+revision = ''  # commit or branch on the hub; '': the newest commit, which is printed and kept in meta.json
 EXTRA_SETTINGS = ('core.text.prepare',)  # modules whose settings are settings of this script too
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
-source = input or (lambda: hub_files('Skylion007/openwebtext', 'plain_text/*.parquet', 'openwebtext'))
+source = input or (lambda: hub_files('Skylion007/openwebtext', 'plain_text/*.parquet', 'openwebtext', revision))
 prepare(folder, source, 'python train.py config/train_gpt2.py')

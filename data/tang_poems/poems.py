@@ -40,17 +40,18 @@ def read_poems(path):
     try:
         with open(path, encoding='utf-8-sig') as f:
             poems = json.load(f)
-        if not poems or not all(map(is_poem, poems)):
-            raise ValueError('a poem without title or lines')
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        sys.exit(f'{path}: {type(error).__name__}: {error}; '
-                 'expected a list of {"title": text, "paragraphs": [line, ...]}')
+        if not isinstance(poems, list) or not poems or not all(map(is_poem, poems)):
+            raise ValueError('no poems, or one without title or lines')
+    except (OSError, ValueError, RecursionError) as error:
+        sys.exit(f'{path}: {error}; expected a list of {{"title": text, "paragraphs": [line, ...]}}')
     return poems
 
 
 def is_poem(poem):
-    lines = poem['paragraphs']
-    return isinstance(poem['title'], str) and lines and all(isinstance(line, str) for line in lines)
+    if not isinstance(poem, dict) or not isinstance(poem.get('title'), str):
+        return False
+    lines = poem.get('paragraphs')
+    return isinstance(lines, list) and bool(lines) and all(isinstance(line, str) for line in lines)
 
 
 def split(poems):

@@ -16,7 +16,7 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..',
 
 from poems import five_characters, hold_out, messages_of, read_poems, split, text_of
 
-from core.files import find
+from core.files import atomic, find, locked_dataset
 from core.text.conversations import write_folders
 from core.text.prepare import prepare
 from core.text.tokenizer import char_tokenizer
@@ -32,13 +32,8 @@ if input and not os.path.isfile(find(input)):
 poems = read_poems(find(input) if input else os.path.join(folder, 'input', 'tang_poems.json'))
 pretraining, instruction, preference = split(poems)
 
-# --- pretraining: one text of all poems, with a vocabulary of the characters of all three parts
+# --- a vocabulary of the characters of all three parts
 tok = char_tokenizer(sorted({'\n'}.union(*(poem['title'] + text_of(poem) for poem in poems))))
-path = os.path.join(folder, 'input', 'pretraining.txt')
-os.makedirs(os.path.dirname(path), exist_ok=True)
-with open(path, 'w', encoding='utf-8') as f:
-    f.write('\n\n'.join(f'{poem["title"]}\n{text_of(poem)}' for poem in pretraining))
-prepare(folder, path, 'python train.py config/pretrain_poems.py', tok)
 
 # --- instruction tuning: title -> poem
 conversations = hold_out([messages_of(poem['title'], text_of(poem)) for poem in instruction])
@@ -65,7 +60,13 @@ prompts = {name: [messages_of(title) for title in part] for name, part in titles
 
 print(f'poems: {len(pretraining):,} for pretraining, {len(instruction):,} for instruction tuning, '
       f'{len(preference):,} for preferences, {len(five):,} of these in verses of five characters')
-write_folders(folder, tok, conversations, pairs, prompts, max_tokens)
+with locked_dataset(folder):
+    path = os.path.join(folder, 'input', 'pretraining.txt')  # one text of all poems
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with atomic(path, 'w') as f:
+        f.write('\n\n'.join(f'{poem["title"]}\n{text_of(poem)}' for poem in pretraining))
+    prepare(folder, path, 'python train.py config/pretrain_poems.py', tok)
+    write_folders(folder, tok, conversations, pairs, prompts, max_tokens)
 
 print('\nthe first poems:\n')
 for poem in pretraining[:2]:

@@ -15,9 +15,10 @@ tokenizer = 'bbpe'  # with qwen2's 151,646 ids, mostly not Chinese, a small mode
 vocab_size = 32768  # fits uint16
 val_fraction = 0.001  # about 1,400 of 1,384,748 articles
 shard_tokens = 100_000_000  # 200 MB a file, easy to copy
+revision = ''  # commit or branch on the hub; '': the newest commit, which is printed and kept in meta.json
 EXTRA_SETTINGS = ('core.text.prepare',)  # modules whose settings are settings of this script too
 exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 folder = os.path.dirname(os.path.abspath(__file__))
-source = input or (lambda: hub_files('wikimedia/wikipedia', '20231101.zh/*.parquet', 'wikipedia_zh'))
+source = input or (lambda: hub_files('wikimedia/wikipedia', '20231101.zh/*.parquet', 'wikipedia_zh', revision))
 prepare(folder, source, 'python train.py config/train_wikipedia_zh.py')
