@@ -29,6 +29,9 @@ temperature = 0.8  # 1.0: the model's own probabilities; lower is more careful; 
 top_k = 200  # sample from the k most likely tokens only; 0: from all
 top_p = 1.0  # sample from the smallest set of tokens with this probability
 min_p = 0.0  # sample only tokens with at least this share of the most likely token's probability
+repetition_penalty = 1.0  # above 1: tokens that have occurred, also in the conversation, become less likely
+presence_penalty = 0.0  # OpenAI's: the logits of tokens that are in the answer so far are this much lower
+frequency_penalty = 0.0  # OpenAI's: lower by this much for each time that the token is in the answer
 seed = 1337  # same seed, same conversation: same answers
 rate = ''  # show two answers to each message, and append the better and the worse one to this JSONL file (for DPO)
 # over HTTP

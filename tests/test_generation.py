@@ -228,6 +228,50 @@ def test_a_row_does_not_depend_on_the_others(style):
         assert alone.logprobs == pytest.approx(row.logprobs, abs=1e-4)
 
 
+@pytest.mark.parametrize('presence, frequency', [(0.7, 0.0), (0.0, 0.4), (-0.5, 0.3)])
+def test_presence_and_frequency_penalties(presence, frequency):
+    """
+    They are OpenAI's: a token's logit is lowered for having been generated, and for each time. Neither the prompt
+    counts nor the other rows.
+    """
+    model = new_model(GPT2)
+    rows = final_rows(model, CHARS, PROMPTS, 14, [1, 2, 3], temperature=0, with_logprobs=True,
+                      presence_penalty=presence, frequency_penalty=frequency)
+    for prompt, row in zip(PROMPTS, rows):
+        text = torch.tensor([[*prompt]])
+        for i, token in enumerate(row.ids):
+            logits = logits_without_cache(model, text)[0]
+            count = torch.bincount(torch.tensor(row.ids[:i], dtype=torch.int64), minlength=V)
+            assert token == (logits - presence * (count > 0) - frequency * count).argmax()
+            assert row.logprobs[i] == pytest.approx(logits.log_softmax(0)[token].item(), abs=1e-4)
+            text = torch.cat([text, torch.tensor([[token]])], 1)
+    assert any(row.ids != plain.ids for row, plain in
+               zip(rows, final_rows(model, CHARS, PROMPTS, 14, [1, 2, 3], temperature=0)))
+
+
+def test_top_logprobs():
+    """The most likely tokens at each place and their log-probabilities, the largest first."""
+    model = new_model(GPT2)
+    row, = final_rows(model, CHARS, [[1]], 5, [1], with_logprobs=True, top_logprobs=3)
+    for i, (token, top) in enumerate(zip(row.ids, row.top_logprobs)):
+        expected = logits_without_cache(model, torch.tensor([[1, *row.ids[:i]]]))[0].log_softmax(0)
+        values, ids = expected.topk(3)
+        assert [id_ for id_, _ in top] == ids.tolist()
+        assert [logprob for _, logprob in top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert row.logprobs[i] == pytest.approx(expected[token].item(), abs=1e-4)
+    row, = final_rows(model, CHARS, [[1]], 5, [1], with_logprobs=True)
+    assert row.top_logprobs == [[]] * 5
+
+
+@pytest.mark.parametrize('temperature', [0, 1])
+def test_logits_that_are_not_finite(temperature):
+    """They are an error, whatever chooses the tokens, not a token."""
+    model = new_model(GPT2)
+    model.transformer.ln_f.weight[3] = float('nan')
+    with pytest.raises(FloatingPointError, match='not finite.*weights.*dtype'):
+        final_rows(model, CHARS, PROMPTS, 5, [1, 2, 3], temperature=temperature, top_k=20)
+
+
 def test_temperature_0_ignores_the_seed():
     model = new_model(GPT2)
     a, b = final_rows(model, CHARS, [[1], [1]], 10, [1, 2], temperature=0)

@@ -41,7 +41,8 @@ def short(tmp_path_factory):
 def serving(made, settings=None, **kwargs):
     """Run the application on a free port of this machine; yields the port."""
     defaults = {key: low for key, (low, _) in LIMITS.items()}
-    defaults.update({'max_new_tokens': 40, 'temperature': 1.0, 'top_p': 1.0, 'seed': 1, **(settings or {})})
+    defaults.update({'max_new_tokens': 40, 'temperature': 1.0, 'top_p': 1.0, 'repetition_penalty': 1.0,
+                     'presence_penalty': 0.0, 'frequency_penalty': 0.0, 'seed': 1, **(settings or {})})
     app = ChatApp(made.model, made.tokenizer, 'tiny', defaults, hosts={'127.0.0.1', 'localhost', '[::1]'}, **kwargs)
     config = uvicorn.Config(app, log_level='error', lifespan='off', timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)

@@ -10,6 +10,9 @@ LIMITS = {  # the settings of an answer: smallest and largest value
     'top_k': (0, 2**31 - 1),
     'top_p': (0.0, 1.0),
     'min_p': (0.0, 1.0),
+    'repetition_penalty': (0.01, 100.0),
+    'presence_penalty': (-2.0, 2.0),
+    'frequency_penalty': (-2.0, 2.0),
     'seed': (0, 2**63 - 1),
 }
 
