@@ -66,8 +66,13 @@ def generate_greedily(model, idx, steps, **kwargs):
 
 @each_style
 @pytest.mark.parametrize('start', [1, 5, BLOCK, BLOCK + 9])
-def test_cache(style, start):
-    """For three contexts, the cached logits are those of the whole network (within 1e-5), and the tokens are equal."""
+@pytest.mark.parametrize('step', [3, 256])
+def test_cache(style, start, step, monkeypatch):
+    """
+    For three contexts, the cached logits are those of the whole network (within 1e-5), and the tokens are equal,
+    in how many steps ever the cache grows.
+    """
+    monkeypatch.setattr(kernels, 'MIN_NEW_SLOTS', step)
     model = new_model(style)
     idx = torch.randint(V, (2, start))
     tokens, logits = generate_greedily(model, idx, 3 * BLOCK)
@@ -81,8 +86,9 @@ def test_cache(style, start):
 
 @each_style
 @pytest.mark.parametrize('lengths', [(3, 7, 1), (BLOCK, 2), (BLOCK + 5, 4, BLOCK + 5)], ids=str)
-def test_batch_of_different_prompts(style, lengths):
+def test_batch_of_different_prompts(style, lengths, monkeypatch):
     """Each row of a padded batch, and each of its copies, equals the prompt alone, also beyond the context."""
+    monkeypatch.setattr(kernels, 'MIN_NEW_SLOTS', 4)
     model, longest, steps = new_model(style), max(lengths), 2 * BLOCK
     prompts = [torch.randint(V, (n,)) for n in lengths]
     idx = torch.stack([torch.cat([torch.full((longest - len(prompt),), V - 1), prompt]) for prompt in prompts])
@@ -151,7 +157,29 @@ def test_the_prompt_is_read_once(monkeypatch):
     monkeypatch.setattr(model, 'hidden', record)
     list(model.generate(torch.randint(V, (1, 9)), 4, copies=5))
     assert shapes == [(1, 9)] + [(5, 1)] * 3
-    assert caches[-1].kv.nbytes == 2 * 5 * 3 * 4 * 12 * 13 * 4
+    assert cache_bytes(caches[-1]) == 2 * 5 * 3 * 4 * 12 * 13 * 4
+
+
+def cache_bytes(cache):
+    return sum(x.nbytes for layer in cache.layers for x in layer)
+
+
+def test_the_cache_grows_with_the_text(monkeypatch):
+    """It has no more than a quarter or 256 slots to spare, whatever the limit, and never more than the context has."""
+    model, sizes = new_model({**QWEN3, 'block_size': 700, 'n_layer': 1}), []
+    hidden = model.hidden
+
+    def record(idx, cache):
+        x = hidden(idx, cache)
+        sizes.append((cache.length, cache_bytes(cache) // (2 * 4 * 12 * 4)))
+        return x
+
+    monkeypatch.setattr(model, 'hidden', record)
+    list(model.generate(torch.randint(V, (1, 9)), 900))
+    lengths, slots = zip(*sizes)
+    assert lengths == tuple(range(9, 909))
+    assert all(n == min(length, 700) or n - length < 256 and n <= 700 for length, n in sizes)
+    assert sorted(set(slots)) == [9, 265, 521, 700]
 
 
 # --- sample_token() and the repetition penalty
