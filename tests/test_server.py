@@ -452,17 +452,23 @@ def wait_for(condition, seconds=20):
     raise AssertionError('it did not happen')
 
 
+def endless_rows(tokenizer):
+    """Yield what reply_rows() does for an answer that never ends: a token every 5 milliseconds."""
+    row = Continuation(tokenizer, 10**9, (), ())
+    while True:
+        time.sleep(0.005)
+        row.append(tokenizer.encode(' ')[0])
+        yield row
+
+
 @pytest.mark.parametrize('streamed', [True, False], ids=['streamed', 'whole'])
 def test_clients_that_go_away(short, streamed, monkeypatch, capsys):
     """Nothing more is computed for them. Until they go, other completions get 429, and other requests are answered."""
     steps = []
 
     def slow_reply(*args, **kwargs):
-        row = Continuation(short.tokenizer, 10**9, (), ())
-        while True:
-            time.sleep(0.005)
+        for row in endless_rows(short.tokenizer):
             steps.append(1)
-            row.append(0)
             yield row
 
     def nothing_is_computed():
@@ -681,13 +687,13 @@ def browser(language='en'):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('language, words', [
-    ('en', ['Reset', 'Settings', 'Send']),
-    ('zh-CN', ['重新开始', '设置', '发送']),
+    ('en', ['New conversation', 'Settings', 'Send', 'Who are you?']),
+    ('zh-CN', ['新对话', '设置', '发送', '你是谁？']),
 ], ids=['en', 'zh'])
-def test_page(short, language, words):
+def test_page(short, language, words, monkeypatch):
     """
-    A user types two messages and one that is refused, and resets the chat. Every field has a label, and the browser
-    logs no error.
+    A user begins with an example, types messages, reloads the page, edits, regenerates, copies and stops, and begins
+    another conversation. Every field has a label, and the browser logs no error.
     """
     def type_text(text):
         field = drive('POST', '/element', using='css selector', value='#message')
@@ -699,6 +705,17 @@ def test_page(short, language, words):
     def wait(script):
         wait_for(lambda: page(script))
 
+    def answered(n):
+        wait(f"messages.length === {n} && !asking && document.querySelectorAll('.message').length === {n}")
+
+    def click(label, index=-1):
+        buttons = f"[...document.querySelectorAll('button')].filter(x => x.textContent === words.{label})"
+        page(f'{buttons}.at({index}).click()')
+
+    def reload():
+        drive('POST', '/refresh')
+        wait("document.getElementById('model').textContent === 'tiny'")
+
     with serving(short, settings={'max_new_tokens': 12}) as port, browser(language) as drive:
         drive('POST', '/url', url=f'http://127.0.0.1:{port}/')
         wait("document.getElementById('model').textContent === 'tiny'")
@@ -706,18 +723,92 @@ def test_page(short, language, words):
             assert word in page('document.body.innerText')
         assert page("document.activeElement.id === 'message'")
         assert page("[...document.querySelectorAll('input, textarea')].every(field => field.labels[0]?.textContent)")
-        for number, text in enumerate(['满纸荒唐言？', 'who are you?'], 1):
-            type_text(text + '\ue007')  # Enter
-            wait(f"document.querySelectorAll('.user').length === {number} && !document.querySelector('.busy')")
+
+        # an example (one that this vocabulary has), a message, and one that is refused
+        page("(words.examples[0] = 'who?', redraw())")
+        page("document.querySelector('#examples button').click()")
+        answered(2)
+        assert page('messages[0].content') == 'who?' and not page("document.getElementById('greeting')")
+        type_text('满纸荒唐言？\ue007')  # Enter
+        answered(4)
         assert page('messages.map(message => message.role)') == ['user', 'assistant'] * 2
-        assert page('messages[0].content') == '满纸荒唐言？'
-        shown = page("document.querySelectorAll('.assistant')[0].textContent")
-        assert shown.startswith(page('messages[1].content'))
+        assert page('messages[2].content') == '满纸荒唐言？'
+        shown = page("[...document.querySelectorAll('.message .text')].map(p => p.textContent)")
+        assert shown == page('messages.map(message => message.content)')
+        page("document.getElementById('message').value = ''")
         type_text('a' * 99 + '\ue007')
         wait("document.querySelector('[role=alert]')?.textContent.includes('shorten it')")
         assert page('messages.length') == 4
         assert page("document.getElementById('message').value") == 'a' * 99
+        page("document.getElementById('temperature').value = 1.5")
+
+        # a reload keeps the conversation, the message that is being written and the settings
+        reload()
+        assert page("[...document.querySelectorAll('.message .text')].map(p => p.textContent)") == shown
+        assert page("document.getElementById('message').value") == 'a' * 99
+        assert page("document.getElementById('temperature').value") == '1.5'
+
+        # another answer to the same message; an edited message drops what follows
+        page("document.getElementById('message').value = ''")
+        click('regenerate')
+        answered(4)
+        assert page('messages.slice(0, 3).map(message => message.content)') == shown[:3]
+        assert page('messages[3].content') != shown[3]
+        click('edit', 0)
+        assert page("document.getElementById('message').value") == 'who?'
+        assert page("document.querySelectorAll('.replaced').length") == 4
+        click('cancel')
+        assert page("document.querySelectorAll('.replaced').length") == 0
+        assert page('messages.length') == 4
+        click('edit', 0)
+        type_text(' me\ue007')
+        answered(2)
+        assert page('messages[0].content') == 'who? me'
+
+        # the text is copied; the end of an answer that was cut off is no part of it
+        page("(messages[1].note = 'cut', redraw(), navigator.clipboard.writeText = text => { window.copied = text })")
+        click('copy')
+        assert page('window.copied') == page('messages[1].content')
+        assert page("document.querySelector('.assistant .note').textContent === words.cut")
+
+        # an answer is stopped; what there is stays
+        with monkeypatch.context() as patch:
+            patch.setattr(completions, 'reply_rows', lambda *args, **kwargs: endless_rows(short.tokenizer))
+            type_text('b\ue007')
+            wait("messages.length === 4 && messages[3].content.length > 3")
+            assert page("document.getElementById('send').textContent === words.stop")
+            type_text('c')
+            page("document.getElementById('send').click()")
+            wait('!asking')
+        assert page("messages[3].note") == 'stopped' and page('messages[3].content').startswith('   ')
+        assert page("document.getElementById('message').value") == 'c'  # not sent
+
         page("document.getElementById('reset').click()")
-        assert page("messages.length === 0 && !document.getElementById('talk').textContent")
+        assert page("messages.length === 0 && !!document.getElementById('greeting')")
+        reload()
+        assert page('messages.length') == 0
         errors = [entry['message'] for entry in drive('POST', '/se/log', type='browser') if entry['level'] == 'SEVERE']
         assert [error for error in errors if 'favicon' not in error and '400' not in error] == []
+
+
+@pytest.mark.slow
+def test_page_on_a_phone(short):
+    """Nothing is wider than the screen, in both colour schemes, and the colours differ."""
+    with serving(short) as port, browser() as drive:
+        def cdp(cmd, **params):
+            drive('POST', '/goog/cdp/execute', cmd=cmd, params=params)
+
+        def page(script):
+            return drive('POST', '/execute/sync', script=f'return {script}', args=[])
+
+        cdp('Emulation.setDeviceMetricsOverride', width=360, height=640, deviceScaleFactor=1, mobile=True)
+        colours = set()
+        for scheme in ('light', 'dark'):
+            cdp('Emulation.setEmulatedMedia', features=[{'name': 'prefers-color-scheme', 'value': scheme}])
+            drive('POST', '/url', url=f'http://127.0.0.1:{port}/')
+            page("(messages = ['user', 'assistant'].map(role => ({role, content: 'a'.repeat(400)})), redraw(), "
+                 "document.querySelector('details').open = true)")
+            assert page('document.documentElement.scrollWidth <= 360 && document.documentElement.scrollHeight <= 640')
+            assert page("[...document.querySelectorAll('body *')].every(e => e.getBoundingClientRect().right <= 360)")
+            colours.add(page('getComputedStyle(document.body).backgroundColor'))
+        assert len(colours) == 2
