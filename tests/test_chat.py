@@ -219,6 +219,7 @@ def test_stopped_answers_are_not_rated(stopped, short, tmp_path, monkeypatch):
     (['--seed=-1'], ['seed=-1', 'an int, 0 to']),
     (['--port=65536'], ['port=65536', '65,535']),
     (['--max_requests=0'], ['max_requests=0']),
+    (['--max_cache_gb=-1'], ['max_cache_gb=-1']),
     (['--dtype=int4'], ['dtype=int4']),
     (['--out_dir={folder}/none'], ['no such checkpoint']),
 ], ids=lambda x: x[0][:24] if x[0].startswith('--') else '')
