@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from core.device import explain, setup
+from core.device import explain, setup, total_memory
 from core.inference.conversation import LIMITS, check_range, fit_into_context, stream_reply
 from core.text.chat_template import can_chat
 from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer
@@ -29,6 +29,9 @@ temperature = 0.8  # 1.0: the model's own probabilities; lower is more careful; 
 top_k = 200  # sample from the k most likely tokens only; 0: from all
 top_p = 1.0  # sample from the smallest set of tokens with this probability
 min_p = 0.0  # sample only tokens with at least this share of the most likely token's probability
+repetition_penalty = 1.0  # above 1: tokens that have occurred, also in the conversation, become less likely
+presence_penalty = 0.0  # OpenAI's: the logits of tokens that are in the answer so far are this much lower
+frequency_penalty = 0.0  # OpenAI's: lower by this much for each time that the token is in the answer
 seed = 1337  # same seed, same conversation: same answers
 rate = ''  # show two answers to each message, and append the better and the worse one to this JSONL file (for DPO)
 # over HTTP
@@ -36,6 +39,7 @@ serve = False  # serve over HTTP instead; the settings above apply where a reque
 host = '127.0.0.1'  # the address to listen on: this machine only; 0.0.0.0: whoever reaches it, without a password
 port = 8000  # 0: any free port
 max_requests = 4  # answers generated at a time; further requests get 429 (try again later)
+max_cache_gb = 0.0  # memory that the KV caches of all answers together may take; more gets 503; 0: a quarter of all
 max_body = 1048576  # largest request in bytes; larger ones get 413
 # the machine
 device = 'auto'  # 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
@@ -70,7 +74,7 @@ class Conversation:
 
 
 def check_settings():
-    limits = {'port': (0, 65535), 'max_requests': (1, 10**6), 'max_body': (1, 2**40)}
+    limits = {'port': (0, 65535), 'max_requests': (1, 10**6), 'max_cache_gb': (0, 10**6), 'max_body': (1, 2**40)}
     try:
         for key in LIMITS:
             check_range(key, config[key])
@@ -274,7 +278,9 @@ if serve:
     from core.inference.server import run_server  # needs two packages that the rest does not
     name = os.path.splitext(os.path.basename(os.path.normpath(ckpt or origin)))[0]
     settings = {key: config[key] for key in LIMITS}
-    run_server(model, tok, name, settings, system, host, port, max_requests, max_body)
+    max_cache = int(max_cache_gb * 2**30) or (total_memory(env) or 2**34) // 4
+    run_server(model, tok, name, settings, system, host, port,
+               max_requests=max_requests, max_cache=max_cache, max_body=max_body)
 elif prompt:
     conversation = Conversation()
     try:

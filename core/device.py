@@ -355,6 +355,8 @@ def explain(error_type, error, traceback):
         print('out of memory: lower --batch_size (or, sampling, --num_samples; training, raise '
               '--gradient_accumulation_steps as much, for the same total batch), --block_size, or the size of the '
               'network (--n_layer, --n_embd), or set --gradient_checkpointing=True', file=sys.stderr)
+    elif issubclass(error_type, FloatingPointError):  # a model's output is not finite
+        print(error, file=sys.stderr)
     elif is_lost_process(error_type, error):
         message = ' '.join(str(error).split())[:300]
         print(f'lost another process of this run, or cannot reach it: {message}\n'

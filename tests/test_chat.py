@@ -18,6 +18,7 @@ from chat_models import (
     user,
 )
 
+from core.device import explain
 from core.inference import conversation
 from core.inference.conversation import fit_into_context, stream_reply
 from core.text.chat_template import chat_tokenizer
@@ -47,7 +48,8 @@ def test_prompt(short):
     steps = stream_reply(short.model, short.tokenizer, ids, 20, [1337, 0], temperature=0.8, top_k=200)
     assert answer() == ''.join(text for text, _ in steps) + '\n'
     others = [answer('--seed=2'), answer('--system=be kind'), answer('--dtype=int8', '--seed=3')]
-    assert len({answer(), *others}) == 4
+    others += [answer('--repetition_penalty=3'), answer('--presence_penalty=2'), answer('--frequency_penalty=-2')]
+    assert len({answer(), *others}) == 7
 
 
 # --- the terminal
@@ -94,6 +96,9 @@ def test_history(sent, short, monkeypatch):
 @pytest.mark.parametrize('line, out, err', [
     ('/set temperature=0.5', 'max_new_tokens=500, temperature=0.5, top_k=200', ''),
     ('/set', 'temperature=0.8', ''),
+    ('/set presence_penalty=-0.5', 'repetition_penalty=1.0, presence_penalty=-0.5, frequency_penalty=0.0', ''),
+    ('/set frequency_penalty=3', '', 'frequency_penalty=3.0: expected a number, -2 to 2'),
+    ('/set repetition_penalty=0', '', 'repetition_penalty=0.0: expected a number, 0.01 to 100'),
     ('/help', '/reset  ', ''),
     ('/set temperature=-1', '', 'temperature=-1.0: expected a number, 0 to 100'),
     ('/set temperature=x', '', "temperature='x': expected a number, 0 to 100"),
@@ -214,6 +219,7 @@ def test_stopped_answers_are_not_rated(stopped, short, tmp_path, monkeypatch):
     (['--seed=-1'], ['seed=-1', 'an int, 0 to']),
     (['--port=65536'], ['port=65536', '65,535']),
     (['--max_requests=0'], ['max_requests=0']),
+    (['--max_cache_gb=-1'], ['max_cache_gb=-1']),
     (['--dtype=int4'], ['dtype=int4']),
     (['--out_dir={folder}/none'], ['no such checkpoint']),
 ], ids=lambda x: x[0][:24] if x[0].startswith('--') else '')
@@ -222,6 +228,20 @@ def test_bad_input(short, tmp_path, args, names):
     assert result.code == 1 and len(result.err.strip().splitlines()) == 1, result.err
     for name in names:
         assert name in result.err
+
+
+def test_damaged_weights(tmp_path, capsys):
+    """A model whose output is not finite ends the script with one line."""
+    run = save_model(tmp_path / 'm')
+    path = tmp_path / 'm' / 'ckpt.pt'
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint['model']['transformer.ln_f.weight'][3] = float('nan')
+    save_checkpoint(checkpoint, str(path))
+    with pytest.raises(FloatingPointError) as caught:
+        chat(run, '--prompt=a')
+    explain(caught.type, caught.value, None)  # the excepthook
+    err = capsys.readouterr().err
+    assert err.startswith("the model's output is not finite") and err.count('\n') == 1
 
 
 def test_missing_packages(short, monkeypatch):

@@ -66,8 +66,13 @@ def generate_greedily(model, idx, steps, **kwargs):
 
 @each_style
 @pytest.mark.parametrize('start', [1, 5, BLOCK, BLOCK + 9])
-def test_cache(style, start):
-    """For three contexts, the cached logits are those of the whole network (within 1e-5), and the tokens are equal."""
+@pytest.mark.parametrize('step', [3, 256])
+def test_cache(style, start, step, monkeypatch):
+    """
+    For three contexts, the cached logits are those of the whole network (within 1e-5), and the tokens are equal,
+    in how many steps ever the cache grows.
+    """
+    monkeypatch.setattr(kernels, 'MIN_NEW_SLOTS', step)
     model = new_model(style)
     idx = torch.randint(V, (2, start))
     tokens, logits = generate_greedily(model, idx, 3 * BLOCK)
@@ -81,8 +86,9 @@ def test_cache(style, start):
 
 @each_style
 @pytest.mark.parametrize('lengths', [(3, 7, 1), (BLOCK, 2), (BLOCK + 5, 4, BLOCK + 5)], ids=str)
-def test_batch_of_different_prompts(style, lengths):
+def test_batch_of_different_prompts(style, lengths, monkeypatch):
     """Each row of a padded batch, and each of its copies, equals the prompt alone, also beyond the context."""
+    monkeypatch.setattr(kernels, 'MIN_NEW_SLOTS', 4)
     model, longest, steps = new_model(style), max(lengths), 2 * BLOCK
     prompts = [torch.randint(V, (n,)) for n in lengths]
     idx = torch.stack([torch.cat([torch.full((longest - len(prompt),), V - 1), prompt]) for prompt in prompts])
@@ -151,7 +157,29 @@ def test_the_prompt_is_read_once(monkeypatch):
     monkeypatch.setattr(model, 'hidden', record)
     list(model.generate(torch.randint(V, (1, 9)), 4, copies=5))
     assert shapes == [(1, 9)] + [(5, 1)] * 3
-    assert caches[-1].kv.nbytes == 2 * 5 * 3 * 4 * 12 * 13 * 4
+    assert cache_bytes(caches[-1]) == 2 * 5 * 3 * 4 * 12 * 13 * 4
+
+
+def cache_bytes(cache):
+    return sum(x.nbytes for layer in cache.layers for x in layer)
+
+
+def test_the_cache_grows_with_the_text(monkeypatch):
+    """It has no more than a quarter or 256 slots to spare, whatever the limit, and never more than the context has."""
+    model, sizes = new_model({**QWEN3, 'block_size': 700, 'n_layer': 1}), []
+    hidden = model.hidden
+
+    def record(idx, cache):
+        x = hidden(idx, cache)
+        sizes.append((cache.length, cache_bytes(cache) // (2 * 4 * 12 * 4)))
+        return x
+
+    monkeypatch.setattr(model, 'hidden', record)
+    list(model.generate(torch.randint(V, (1, 9)), 900))
+    lengths, slots = zip(*sizes)
+    assert lengths == tuple(range(9, 909))
+    assert all(n == min(length, 700) or n - length < 256 and n <= 700 for length, n in sizes)
+    assert sorted(set(slots)) == [9, 265, 521, 700]
 
 
 # --- sample_token() and the repetition penalty
@@ -226,6 +254,50 @@ def test_a_row_does_not_depend_on_the_others(style):
         alone, = final_rows(model, CHARS, [PROMPTS[i // 2]], 20, [seeds[i]], **settings)
         assert alone.ids == row.ids and len(row.ids) == 20 and row.finish_reason == 'length'
         assert alone.logprobs == pytest.approx(row.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize('presence, frequency', [(0.7, 0.0), (0.0, 0.4), (-0.5, 0.3)])
+def test_presence_and_frequency_penalties(presence, frequency):
+    """
+    They are OpenAI's: a token's logit is lowered for having been generated, and for each time. Neither the prompt
+    counts nor the other rows.
+    """
+    model = new_model(GPT2)
+    rows = final_rows(model, CHARS, PROMPTS, 14, [1, 2, 3], temperature=0, with_logprobs=True,
+                      presence_penalty=presence, frequency_penalty=frequency)
+    for prompt, row in zip(PROMPTS, rows):
+        text = torch.tensor([[*prompt]])
+        for i, token in enumerate(row.ids):
+            logits = logits_without_cache(model, text)[0]
+            count = torch.bincount(torch.tensor(row.ids[:i], dtype=torch.int64), minlength=V)
+            assert token == (logits - presence * (count > 0) - frequency * count).argmax()
+            assert row.logprobs[i] == pytest.approx(logits.log_softmax(0)[token].item(), abs=1e-4)
+            text = torch.cat([text, torch.tensor([[token]])], 1)
+    assert any(row.ids != plain.ids for row, plain in
+               zip(rows, final_rows(model, CHARS, PROMPTS, 14, [1, 2, 3], temperature=0)))
+
+
+def test_top_logprobs():
+    """The most likely tokens at each place and their log-probabilities, the largest first."""
+    model = new_model(GPT2)
+    row, = final_rows(model, CHARS, [[1]], 5, [1], with_logprobs=True, top_logprobs=3)
+    for i, (token, top) in enumerate(zip(row.ids, row.top_logprobs)):
+        expected = logits_without_cache(model, torch.tensor([[1, *row.ids[:i]]]))[0].log_softmax(0)
+        values, ids = expected.topk(3)
+        assert [id_ for id_, _ in top] == ids.tolist()
+        assert [logprob for _, logprob in top] == pytest.approx(values.tolist(), abs=1e-4)
+        assert row.logprobs[i] == pytest.approx(expected[token].item(), abs=1e-4)
+    row, = final_rows(model, CHARS, [[1]], 5, [1], with_logprobs=True)
+    assert row.top_logprobs == [[]] * 5
+
+
+@pytest.mark.parametrize('temperature', [0, 1])
+def test_logits_that_are_not_finite(temperature):
+    """They are an error, whatever chooses the tokens, not a token."""
+    model = new_model(GPT2)
+    model.transformer.ln_f.weight[3] = float('nan')
+    with pytest.raises(FloatingPointError, match='not finite.*weights.*dtype'):
+        final_rows(model, CHARS, PROMPTS, 5, [1, 2, 3], temperature=temperature, top_k=20)
 
 
 def test_temperature_0_ignores_the_seed():

@@ -1,9 +1,10 @@
 """A chat with a model: limits of its settings, fitting a conversation into the context, streaming the reply."""
+import re
+
 import numpy as np
 
 from core.inference.generation import continue_prompts
-from core.text.chat_template import END, HEADS, START, render
-from core.text.tokenizer import EOT
+from core.text.chat_template import encode_markup, end_ids, render
 
 LIMITS = {  # the settings of an answer: smallest and largest value
     'max_new_tokens': (1, 2**31 - 1),
@@ -11,6 +12,9 @@ LIMITS = {  # the settings of an answer: smallest and largest value
     'top_k': (0, 2**31 - 1),
     'top_p': (0.0, 1.0),
     'min_p': (0.0, 1.0),
+    'repetition_penalty': (0.01, 100.0),
+    'presence_penalty': (-2.0, 2.0),
+    'frequency_penalty': (-2.0, 2.0),
     'seed': (0, 2**63 - 1),
 }
 
@@ -33,7 +37,7 @@ def fit_into_context(messages, tokenizer, block_size, room=None):
     """
     if messages[-1]['role'] != 'user':
         raise ValueError("the last message: expected one with the role 'user'")
-    check_characters(messages, tokenizer)
+    check_characters(''.join(message['content'] for message in messages), tokenizer)
     parts = [render([message], tokenizer)[0] for message in messages]
     head = render([], tokenizer, reply=True)[0]
     size = sum(map(len, parts)) + len(head)
@@ -46,15 +50,31 @@ def fit_into_context(messages, tokenizer, block_size, room=None):
             if message['role'] != 'system':
                 left_out.add(i)
                 size -= len(parts[i])
-    if size > block_size:
-        raise ValueError(f'the prompt has {size:,} tokens, the context of this network {block_size:,}: shorten it')
+    check_size(size, block_size)
     kept = [i for i in range(len(messages)) if i not in left_out]
     return np.concatenate([*(parts[i] for i in kept), head]), [messages[i] for i in kept]
 
 
-def check_characters(messages, tokenizer):
-    """Raise ValueError if the messages contain characters that the vocabulary lacks."""
-    characters = dict.fromkeys(''.join(message['content'] for message in messages))
+def encode_prompt(text, tokenizer, block_size):
+    """
+    Return the ids (T,) of a text to continue, in which the names of special tokens are these tokens. Raises ValueError
+    if it does not fit into the context.
+    """
+    names = sorted(tokenizer.specials, key=len, reverse=True)
+    check_characters(''.join(re.split('|'.join(map(re.escape, names)), text)), tokenizer)
+    ids = encode_markup(tokenizer, text)
+    check_size(len(ids), block_size)
+    return ids
+
+
+def check_size(size, block_size):
+    if size > block_size:
+        raise ValueError(f'the prompt has {size:,} tokens, the context of this network {block_size:,}: shorten it')
+
+
+def check_characters(text, tokenizer):
+    """Raise ValueError if the text contains characters that the vocabulary lacks."""
+    characters = dict.fromkeys(text)
     unknown = tokenizer.unknown(''.join(characters))  # each once, so that no name of a special token is among them
     if unknown:
         names = ', '.join(f'{char!r} (U+{ord(char):04X})' for char in unknown[:10])
@@ -62,15 +82,29 @@ def check_characters(messages, tokenizer):
         raise ValueError(f'not in this vocabulary: {names}{more}; write it without')
 
 
-def stream_reply(model, tokenizer, ids, max_new_tokens, seed, stop_texts=(), **sampling):
+def longest_reply(max_new_tokens, n_prompt, block_size):
+    """Return the most tokens that an answer to a prompt of n_prompt tokens may have; its last one is never read."""
+    return min(max_new_tokens, block_size + 1 - n_prompt)
+
+
+def reply_rows(model, tokenizer, ids, max_new_tokens, seed, stop_texts=(), **sampling):
     """
-    Answer a prompt of fit_into_context(). After every token, yield (text, finish_reason): the new text, which may be
-    '', and None until the answer ends. It ends by 'stop' (the end of the turn, any other token of the template, or a
-    stop text) or by 'length' (max_new_tokens, or the context is full). seed, sampling: see continue_prompts().
+    Answer a prompt of fit_into_context() or continue one of encode_prompt(). Yield its Continuation after every token.
+    It ends by 'end' (the end of the turn, or any other token of the template), by 'stop' (a stop text) or by 'length'
+    (max_new_tokens, or the context is full). seed, sampling: see continue_prompts().
     """
-    markup = (EOT, START, END, f'{END}\n', *HEADS.values())
-    end_ids = {tokenizer.specials[name] for name in markup if name in tokenizer.specials}
-    max_new_tokens = min(max_new_tokens, model.config.block_size + 1 - len(ids))  # the last token is never read
-    for (row,) in continue_prompts(model, tokenizer, [ids], max_new_tokens, [seed], end_ids=end_ids,
+    max_new_tokens = longest_reply(max_new_tokens, len(ids), model.config.block_size)
+    for (row,) in continue_prompts(model, tokenizer, [ids], max_new_tokens, [seed], end_ids=end_ids(tokenizer),
                                    stop_texts=stop_texts, **sampling):
-        yield row.new_text(), 'stop' if row.finish_reason == 'end' else row.finish_reason
+        yield row
+
+
+def finish_reason(row):
+    """Return OpenAI's finish_reason of a Continuation: 'stop' or 'length'; None until it ends."""
+    return 'stop' if row.finish_reason == 'end' else row.finish_reason
+
+
+def stream_reply(*args, **kwargs):
+    """As reply_rows(), but yield (the new text, which may be '', and OpenAI's finish_reason)."""
+    for row in reply_rows(*args, **kwargs):
+        yield row.new_text(), finish_reason(row)

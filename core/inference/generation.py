@@ -9,7 +9,8 @@ TOP_P_CANDIDATES = 1000  # this many of the most likely tokens nearly always rea
 
 
 def continue_prompts(model, tokenizer, prompts, max_new_tokens, seeds, copies=1, end_ids=(), stop_texts=(),
-                     with_logprobs=False, repetition_penalty=1.0, **sampling):
+                     with_logprobs=False, top_logprobs=0, repetition_penalty=1.0, presence_penalty=0.0,
+                     frequency_penalty=0.0, **sampling):
     """
     Continue prompts in one batch. After every token, yield the rows: a list of len(prompts) * copies Continuations, the
     copies of a prompt side by side. Stops when every row has a finish_reason.
@@ -18,8 +19,14 @@ def continue_prompts(model, tokenizer, prompts, max_new_tokens, seeds, copies=1,
     seeds: an int or a list of ints for each row. In float32 the same seed and prompt give the same text, whatever the
         other rows are.
     end_ids, stop_texts: token ids and texts that end a row; they are not part of its text.
-    with_logprobs: also collect the log-probability of each token under the model, before temperature and penalty.
+    with_logprobs: also collect the log-probability of each token under the model, before temperature and penalties,
+        and those of the `top_logprobs` most likely tokens at its place.
+    repetition_penalty: of penalise_repetition(); the tokens of the prompt and the generated ones have occurred.
+    presence_penalty, frequency_penalty: OpenAI's. The logit of a token is lowered by the first if it has been
+        generated, and by the second for each time. The prompt does not count, as in vLLM.
     sampling: temperature, top_k, top_p and min_p of sample_token().
+
+    Raises FloatingPointError if the logits are not finite.
     """
     device = model.transformer.wte.weight.device
     vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)  # the model's may be padded
@@ -29,10 +36,19 @@ def continue_prompts(model, tokenizer, prompts, max_new_tokens, seeds, copies=1,
     if repetition_penalty != 1:
         seen = occurring_tokens(prompts, vocab_size).repeat_interleave(copies, dim=0).to(device)
 
+    counts = None  # how often each token has been generated (rows, V)
+    if presence_penalty or frequency_penalty:
+        counts = torch.zeros(len(rows), vocab_size, device=device)
+
     def next_tokens(logits):  # (rows, V) -> (rows,)
         logits = model_logits = logits[:, :vocab_size]
+        if not logits.amax().isfinite():  # the largest of numbers with a NaN among them is NaN
+            raise FloatingPointError("the model's output is not finite: its weights are damaged or have diverged, or "
+                                     'its dtype has too small a range (try --dtype=float32)')
         if seen is not None:
             logits = penalise_repetition(logits, seen, repetition_penalty)
+        if counts is not None:
+            logits = logits - presence_penalty * (counts > 0) - frequency_penalty * counts
         if not tokenizer.is_char:  # only tokens that keep the text valid UTF-8
             allowed = np.stack([tokenizer.can_follow(row.ids) for row in rows])[:, :vocab_size]
             logits = logits.masked_fill(~torch.from_numpy(allowed).to(device), float('-inf'))
@@ -40,11 +56,16 @@ def continue_prompts(model, tokenizer, prompts, max_new_tokens, seeds, copies=1,
         tokens = sample_token(logits, torch.from_numpy(uniform).to(device), **sampling)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
+        if counts is not None:
+            counts.scatter_add_(1, tokens[:, None], counts.new_ones(len(rows), 1))
         if with_logprobs:
-            logprobs = model_logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
-            for row, logprob in zip(rows, logprobs.tolist()):
+            logprobs = model_logits.log_softmax(dim=-1)
+            chosen = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
+            best, best_ids = (x.tolist() for x in logprobs.topk(min(top_logprobs, vocab_size)))
+            for row, logprob, ids, their_logprobs in zip(rows, chosen, best_ids, best):
                 if not row.finish_reason:
                     row.logprobs.append(logprob)
+                    row.top_logprobs.append([*zip(ids, their_logprobs)])
         return tokens
 
     idx, pads = left_pad(prompts, device)
@@ -59,8 +80,8 @@ def continue_prompts(model, tokenizer, prompts, max_new_tokens, seeds, copies=1,
 
 class Continuation:
     """
-    The continuation of one prompt: its `ids`, their `logprobs` (if asked for) and its `finish_reason`, None until it
-    ends: 'end' (the last id is an end id), 'stop' (it has a stop text) or 'length'.
+    The continuation of one prompt: its `ids`, their `logprobs` and `top_logprobs` [[(id, logprob)]] (if asked for) and
+    its `finish_reason`, None until it ends: 'end' (the last id is an end id), 'stop' (it has a stop text) or 'length'.
     """
 
     def __init__(self, tokenizer, max_new_tokens, end_ids, stop_texts):
@@ -71,6 +92,7 @@ class Continuation:
         self.longest_stop = max(map(len, stop_texts), default=0)
         self.ids = []
         self.logprobs = []
+        self.top_logprobs = []
         self.finish_reason = None
         self.n_returned = 0  # characters that new_text() has returned
 
