@@ -19,7 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from core.device import catch_signals, check_memory, reseed, setup, to_device, try_compile, warn_if_slow
-from core.distributed import all_reduce, check_same_on_all_ranks, full_tensor, shard, shutdown
+from core.distributed import all_reduce, check_same_on_all_ranks, full_tensor, print_errors_once, shard, shutdown
 from core.files import find
 from core.text.dataset import fingerprint, open_dataset
 from core.training import progress, run_folder, settings
@@ -106,6 +106,7 @@ device = 'auto'  # cuda, else mps, else cpu; or a name, e.g. 'cpu', 'cuda:1'
 dtype = 'auto'  # bfloat16 if the hardware is fast at it, else float16 on CUDA, float32 elsewhere; or a name
 compile = True  # use torch.compile: slower to start, then faster; falls back to eager with a warning
 # ---------------------------------------------------------------------------------------------------------------------
+print_errors_once()
 EXTRA_SETTINGS = ('core.weights.lora',)  # modules whose settings are settings of this script too
 config, config_given = {}, {}  # filled by the next line: all settings; those of the command line alone
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
@@ -228,7 +229,8 @@ if compile and training:
     network = try_compile(model, micro_rows, block_size, env, bool(data.kind))
 if env.ddp and not env.sharded:
     device_ids = [env.device] if env.device_type == 'cuda' else None
-    network = DDP(network, device_ids=device_ids, broadcast_buffers=False)
+    network = DDP(network, device_ids=device_ids)
+    network.broadcast_buffers = False  # they never change; as an argument it is deprecated in PyTorch 2.13
 
 
 def get_lr(it):
