@@ -87,7 +87,7 @@ parallel = 'ddp'  # each process has the full model; 'fsdp': shards, for models 
 optimizer = 'adamw'  # or 'muon': Muon for the matrices of the blocks and AdamW for the rest; needs fewer steps
 learning_rate = 6e-4  # maximum learning rate
 muon_lr = 0.02  # maximum learning rate of the matrices that Muon updates
-max_iters = 600000  # steps in all; -1: until 20 tokens per parameter are seen (Hoffmann et al. 2022)
+max_iters = 600000  # steps in all; 0: evaluate and save; -1: see 20 tokens per parameter (Hoffmann et al. 2022)
 weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # AdamW's, for the mean of the gradient
 beta2 = 0.95  # AdamW's, for its square; 0.99 where a step sees few tokens
@@ -116,6 +116,9 @@ n_embd = n_embd or 64 * n_layer  # nanochat's rule: depth determines width, head
 n_head = n_head or max(1, n_embd // (head_size or 64))
 settings.check_heads(n_embd, n_head, n_kv_head, head_size, rope_theta, derived=config['n_head'] == 0)
 training = not eval_only
+out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
+if training:
+    run_folder.check_writable(out_dir)
 
 # --- 1. device, precision and this rank's share of a step
 env = setup(device, dtype, backend, seed, training=True)  # from here on only rank 0 prints
@@ -130,7 +133,6 @@ data = open_dataset(dataset)
 data_hash = fingerprint(data)
 
 # --- 3. model: new, resumed, or from the weights of another run, a GPT-2, Llama or Qwen3
-out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
 start_from, launch = run_folder.resolve_init_from(init_from, out_dir, env)  # 'auto' becomes 'resume' or 'scratch'
 resuming = start_from == 'resume'
 checkpoint = {}
@@ -294,7 +296,8 @@ while True:
         if log:
             log(iter_num, numbers)
         best = numbers.get('val_loss', math.inf) < best_val_loss
-        if training and (iter_num > first_iter or (best and resuming)):  # not for the initial weights
+        # initial weights are saved only if they are the final ones, too
+        if training and (iter_num > first_iter or (best if resuming else last)):
             if best:
                 best_val_loss = numbers['val_loss']
             saver.save(state(), best)
@@ -375,7 +378,7 @@ if log:
     log.close()
 if training and env.master and iter_num >= max_iters:
     save_weights(out_dir)
-if iter_num > first_iter:
+if saver.saved:
     script = 'chat.py' if data.kind else 'sample.py'
     next_command = '' if model.config.reward else f'python {script} --out_dir={out_dir}'
     print(progress.describe_end(iter_num - first_iter, clock.elapsed(), skipped, saver, best_val_loss, next_command))

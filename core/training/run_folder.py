@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -11,6 +12,9 @@ from filelock import FileLock, Timeout
 from core.distributed import all_reduce
 from core.files import atomic
 from core.weights.checkpoint import earlier_checkpoints, load_last
+
+# what atomic() and copy_checkpoint() leave behind in a run's folder if the run is killed
+TEMPORARY = re.compile(r'(ckpt|ckpt_\d{8}|best|weights|log|run|samples)\.(pt|csv|json|jsonl)\.tmp\d+')
 
 
 def open_run_folder(out_dir, opt, keep_last, resuming, **run_json):
@@ -66,6 +70,17 @@ def check_disk(out_dir, size, keep_last):
                  f'make some, choose another --out_dir, or lower --keep_last={keep_last}')
 
 
+def check_writable(out_dir):
+    """Exit if nothing can be written to the folder or, if it does not exist yet, to where it would be created."""
+    folder = os.path.abspath(out_dir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
+
+
 def lock_run_folder(out_dir):
     """
     Create the folder, lock it until this process ends, and delete temporary files of killed runs. Return the lock.
@@ -73,11 +88,12 @@ def lock_run_folder(out_dir):
     """
     try:
         os.makedirs(out_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=out_dir).close()
+        check_writable(out_dir)
         lock = FileLock(os.path.join(out_dir, 'lock'), timeout=0, is_singleton=True)  # a process may lock it twice
         lock.acquire()
-        for name in glob.glob(os.path.join(glob.escape(out_dir), '*.tmp[0-9]*')):
-            os.remove(name)
+        for name in os.listdir(out_dir):
+            if TEMPORARY.fullmatch(name):
+                os.remove(os.path.join(out_dir, name))
         return lock
     except Timeout:
         sys.exit(f'out_dir={out_dir}: another run is writing there; '
