@@ -175,8 +175,8 @@ width_factor = (768 / model.config.n_embd)**0.5 if config['n_embd'] == 0 else 1.
 learning_rate *= width_factor
 min_lr *= width_factor
 tokens_per_iter = total_rows * block_size
-if max_iters == -1:
-    max_iters = math.ceil(20 * model.num_params() / tokens_per_iter)
+if max_iters == -1:  # 20 tokens per parameter that multiplies: without lookup tables
+    max_iters = math.ceil(20 * model.num_params(lookups=False) / tokens_per_iter)
 if lr_decay_iters == -1:
     lr_decay_iters = max_iters
 config.update({key: getattr(model.config, key) for key in settings.ARCHITECTURE})  # save the values that are used
