@@ -322,8 +322,8 @@ while True:
     divisor, tokens = all_reduce([local_divisor, local_tokens], env).tolist()  # of the step, over all ranks
     divisor = max(divisor, 1)  # a step without targets has loss 0
     for group in opt.param_groups:
-        group['lr'] = get_lr(iter_num) * group['lr_scale']
-        if 'momentum' in group:  # Muon's momentum warms up: early gradients are soon out of date
+        group['lr'] = get_lr(iter_num) * group.get('lr_scale', 1.0)
+        if group.get('rule') == 'muon':  # its momentum warms up: early gradients are soon out of date
             group['momentum'] = 0.85 + 0.1 * min(1.0, iter_num / 300)
 
     total_loss = 0.0

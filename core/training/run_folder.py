@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 
+import torch
 from filelock import FileLock, Timeout
 
 from core.distributed import all_reduce
@@ -23,9 +24,9 @@ def open_run_folder(out_dir, opt, keep_last, resuming, **run_json):
     if not resuming and has_checkpoint(out_dir):
         print(f'warning: {out_dir} has checkpoints of another run, which the first of this one will replace; '
               'to go on with that one: --init_from=resume', flush=True)
-    tensors = list(opt.params)
-    for moments in opt.state:
-        tensors += moments.values()
+    tensors = [p for group in opt.param_groups for p in group['params']]
+    for moments in opt.state_dict()['state'].values():  # of torch's optimizers empty before the first step
+        tensors += filter(torch.is_tensor, moments.values())
     check_disk(out_dir, sum(tensor.numel() * tensor.element_size() for tensor in tensors), keep_last)
     write_run_json(out_dir, **run_json)
     return lock
