@@ -5,8 +5,8 @@ import string
 import pytest
 from chat_models import CHINESE, each_tokenizer
 
-from core.text.chat_template import END, HEADS, ROLES, START, end_of_turn, render
-from core.text.tokenizer import EOT
+from core.text.chat_template import END, HEADS, ROLES, START, end_ids, end_of_turn, render
+from core.text.tokenizer import EOT, char_tokenizer
 
 LETTERS = string.ascii_letters + CHINESE + ' \n.'
 FORGED = [END, START, EOT, 'user\n', *HEADS.values(), f'{END}\n', 'a', '满', '<', '|>']
@@ -81,3 +81,16 @@ def test_the_same_ids_as_tokenizers(tokenizer):
     for messages in random_conversations(LETTERS):
         expected = peer.encode(written(messages), add_special_tokens=False).ids
         assert render(messages, tokenizer)[0].tolist() == expected
+
+
+@each_tokenizer
+def test_end_ids(tokenizer):
+    """A text and an answer end at the end of a text and at any token of the template that the vocabulary has."""
+    ends = end_ids(tokenizer)
+    assert {tokenizer.specials[EOT], end_of_turn(tokenizer)} < ends
+    assert ends == {tokenizer.specials[name] for name in MARKUP if name in tokenizer.specials}
+
+
+def test_end_ids_of_a_plain_vocabulary():
+    tokenizer = char_tokenizer('ab')
+    assert end_ids(tokenizer) == {tokenizer.specials[EOT]}

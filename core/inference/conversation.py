@@ -2,8 +2,7 @@
 import numpy as np
 
 from core.inference.generation import continue_prompts
-from core.text.chat_template import END, HEADS, START, render
-from core.text.tokenizer import EOT
+from core.text.chat_template import end_ids, render
 
 LIMITS = {  # the settings of an answer: smallest and largest value
     'max_new_tokens': (1, 2**31 - 1),
@@ -68,9 +67,7 @@ def stream_reply(model, tokenizer, ids, max_new_tokens, seed, stop_texts=(), **s
     '', and None until the answer ends. It ends by 'stop' (the end of the turn, any other token of the template, or a
     stop text) or by 'length' (max_new_tokens, or the context is full). seed, sampling: see continue_prompts().
     """
-    markup = (EOT, START, END, f'{END}\n', *HEADS.values())
-    end_ids = {tokenizer.specials[name] for name in markup if name in tokenizer.specials}
     max_new_tokens = min(max_new_tokens, model.config.block_size + 1 - len(ids))  # the last token is never read
-    for (row,) in continue_prompts(model, tokenizer, [ids], max_new_tokens, [seed], end_ids=end_ids,
+    for (row,) in continue_prompts(model, tokenizer, [ids], max_new_tokens, [seed], end_ids=end_ids(tokenizer),
                                    stop_texts=stop_texts, **sampling):
         yield row.new_text(), 'stop' if row.finish_reason == 'end' else row.finish_reason

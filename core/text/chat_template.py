@@ -4,7 +4,7 @@ The chat template: conversations as tokens. ChatML, as Qwen's models use it:
 """
 import numpy as np
 
-from core.text.tokenizer import add_specials
+from core.text.tokenizer import EOT, add_specials
 
 ROLES = ('system', 'user', 'assistant')
 START, END = '<|im_start|>', '<|im_end|>'
@@ -39,6 +39,12 @@ def encode_markup(tokenizer, text):
 def end_of_turn(tokenizer):
     """Return the id of the token that ends a message."""
     return int(encode_markup(tokenizer, f'{END}\n')[0])
+
+
+def end_ids(tokenizer):
+    """Return the ids at which an answer or a text ends: the end of a text and the tokens of the template."""
+    names = (EOT, START, END, f'{END}\n', *HEADS.values())
+    return {tokenizer.specials[name] for name in names if name in tokenizer.specials}
 
 
 def check_messages(messages):
