@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from chat_models import save_model
 from conftest import ROOT, TINY, TINY_LOADED, exit_line, losses_of, make_dataset, run_script, write
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ from core.text.chat_template import answer_text, end_of_turn
 from core.text.conversations import divide, write_folders
 from core.text.dataset import open_dataset, pack_documents, shuffled
 from core.text.tokenizer import char_tokenizer
+from core.training.samples import show_batch, show_samples
 from core.weights.vocabulary import resize_vocabulary
 from model import GPT, GPTConfig
 from objectives import dpo, grpo, next_token, reward
@@ -471,6 +473,34 @@ def test_samples_and_a_batch_are_shown(base, folder, tmp_path):
 
     out = train('grpo', '--sample_interval=1', '--sample_prompts=', f'--out_dir={tmp_path / "first"}', '--max_iters=1')
     assert re.search(f'sample at step 1: {prompt}\n', out)
+
+
+def test_the_shown_row_has_no_padding(folder, capsys):
+    """Rows of pairs are padded with a token and document of their own, the last row of a text with its last token."""
+    data = open_dataset(str(folder / 'pairs'))
+    lengths = np.diff(data.starts['train'])
+    numbers = np.array([lengths.argmax(), lengths.argmin()])
+    X, Y, document = pack_documents(data, 'train', numbers, lengths.max())
+    show_batch((X[1:], Y[1:], document[1:]), data.tokenizer)
+    begin, end = data.starts['train'][numbers[1]:][:2]
+    tokens = read_files(folder, 'pairs')[0][begin:end]
+    assert len(X) == 2 and X.size(1) > len(tokens)
+    assert re.sub('[⟦⟧]', '', capsys.readouterr().out.split(':\n', 1)[1]) == data.tokenizer.decode(tokens) + '\n'
+
+    data = open_dataset(str(folder / 'sft'))
+    begin, end = data.starts['train'][-2:]
+    show_batch(next_token.load(data, 'train', np.array([begin]), 100), data.tokenizer)
+    tokens = read_files(folder, 'sft')[0][begin:end]
+    assert re.sub('[⟦⟧]', '', capsys.readouterr().out.split(':\n', 1)[1]) == data.tokenizer.decode(tokens) + '\n'
+
+
+def test_samples_end_where_an_answer_ends(tmp_path):
+    """A text, too: where it ends, or where the chat template begins, as in sample.py and chat.py."""
+    run = save_model(tmp_path, end_logit=3)
+    data = SimpleNamespace(tokenizer=run.tokenizer, kind='')
+    show_samples(run.model, data, [('ab', run.tokenizer.encode('ab'))], 60, 0, str(tmp_path), ENV)
+    [sample] = read_samples(tmp_path)
+    assert len(sample['text']) < 50 and '<|' not in sample['text']
 
 
 def test_a_sample_prompt_outside_the_vocabulary(base, folder, tmp_path):
