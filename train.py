@@ -61,7 +61,7 @@ tensorboard_log = False  # to out_dir/tensorboard
 # data
 objective = 'next_token'  # the loss: the name of a file in objectives/
 dataset = 'openwebtext'  # a folder in data/
-data_order = 'random'  # or 'epochs' (each token once per epoch, for small texts), 'documents' (rows start at documents)
+data_order = 'random'  # or 'epochs' (each token once per epoch) or 'documents' (rows start at documents; some repeat)
 gradient_accumulation_steps = 5 * 8  # micro-batches in a step, divided among all processes
 batch_size = 12  # rows in a micro-batch; a step has batch_size * gradient_accumulation_steps rows in all
 block_size = 1024  # tokens in a row: the context
