@@ -208,6 +208,7 @@ def test_reward_loss(folder):
     reward.start(model, data, ENV, {'block_size': 32}, {})
     batch = reward.load(data, 'train', np.arange(5), 32)
     assert reward.loss(model, batch).item() == pytest.approx(5 * math.log(2))  # the head starts at 0
+    assert reward.measure(model, batch, data)[1].tolist() == [2.5, 5]  # so no answer is better than the other
     torch.nn.init.normal_(model.lm_head.weight)
     margin = reward.margins(model, batch)
     X, _, document = batch
@@ -232,6 +233,7 @@ def test_dpo_loss_and_gradients(folder, monkeypatch):
     """
     monkeypatch.setattr(dpo, 'beta', 0.3)
     monkeypatch.setattr(dpo, 'label_smoothing', 0.1)
+    monkeypatch.setattr(dpo, 'TOKENS_AT_ONCE', 0)  # the reference's batches have batch_size pairs
     data = open_dataset(str(folder / 'pairs'))
     model = tiny()
     torch.manual_seed(1)
@@ -267,8 +269,28 @@ def test_dpo_loss_and_gradients(folder, monkeypatch):
 
     same = context_of(model, 4)  # the model is its own reference: loss ln 2, margin 0, KL 0
     numbers = dpo.measure(model, dpo.load(data, 'train', np.arange(6), 32, same), data, same)
-    expected = [math.log(2), numbers[1, 0].item() / 6, 0, 0]
-    assert (numbers[:, 0] / numbers[:, 1]).tolist() == pytest.approx(expected, abs=1e-4)
+    assert (numbers[:, 0] / numbers[:, 1]).tolist() == pytest.approx([math.log(2), 0.5, 0, 0])
+
+
+def test_dpo_measures_the_last_answer(tmp_path):
+    """In conversations with several answers KL is the mean over the tokens of the one that is preferred."""
+    pairs = [(spell(n) + spell(n + 1)[:1], 'abc', 'zz') for n in range(4)] + [(spell(3)[:1], 'bb', 'c')]
+    write_folders(str(tmp_path), LETTERS, {}, {'train': pairs, 'val': []}, {}, max_tokens=64)
+    data = open_dataset(str(tmp_path / 'pairs'))
+    model, reference = tiny(block_size=64), tiny(block_size=64)
+    with torch.no_grad():
+        model.lm_head.weight += torch.randn_like(model.lm_head.weight) * 0.1
+        context = SimpleNamespace(reference_model=reference, logps={'train': torch.zeros(5, 2)})
+        numbers = dpo.measure(model, dpo.load(data, 'train', np.arange(5), 64, context), data, context)
+        total, count = 0, 0
+        for n in range(0, 10, 2):
+            begin, end = data.starts['train'][n:n + 2]
+            ids = torch.from_numpy(read_files(tmp_path, 'pairs')[0][begin:end])
+            answer = len(data.tokenizer.encode('bb' if n == 8 else 'abc')) + 1  # and the end of the turn
+            logps, reference_logps = (m(ids[None, :-1])[0, -answer:].log_softmax(-1) for m in (model, reference))
+            total += (logps.exp() * (logps - reference_logps)).sum().item()
+            count += answer
+    assert numbers[3].tolist() == [pytest.approx(total, rel=1e-4), count]
 
 
 def test_advantages_have_zero_mean_in_each_group():
