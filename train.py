@@ -38,7 +38,7 @@ from model import GPT, GPTConfig
 # I/O
 out_dir = 'out'  # folder of the checkpoints ckpt.pt (last) and best.pt, of log.csv, and of weights.pt at the end
 eval_interval = 2000  # evaluate and save every so many steps
-log_interval = 1  # print and log every so many steps
+log_interval = 1  # print and log every so many steps, and after ten seconds
 eval_iters = 200  # evaluate on this many batches per split, evenly spaced; -1: on all of the validation split
 eval_only = False  # evaluate once, then stop
 always_save_checkpoint = True  # sample.py uses the last checkpoint, ckpt.pt; False: best.pt (best validation loss)
@@ -287,6 +287,7 @@ if training:
 first_iter = iter_num
 eval_windows = eval_iters * batch_size if eval_iters > 0 else -1
 clock = progress.StepClock(iter_num)
+status = progress.StatusLine()
 while True:
     last = iter_num >= max_iters
     if iter_num % eval_interval == 0 or last or eval_only:
@@ -350,15 +351,18 @@ while True:
     scaler.update()
     opt.zero_grad()
 
-    if iter_num % log_interval == 0:
-        dt = clock.lap(iter_num + 1)
+    dt = clock.mean(iter_num + 1)
+    seconds_left = dt * (max_iters - iter_num - 1)
+    if iter_num % log_interval == 0 or clock.is_silent():
+        clock.restart(iter_num + 1)
         numbers = {'loss': lossf, 'lr': opt.param_groups[0]['lr'], 'grad_norm': grad_norm}
         numbers.update(ms=dt * 1000, tokens_per_s=tokens / dt)
         if env.peak_flops and not model.lora:  # flops_per_token() counts full training, so no MFU with LoRA
             numbers['mfu'] = model.flops_per_token() * tokens / dt / env.peak_flops / env.world_size
-        print(progress.describe_step(iter_num, numbers, dt * (max_iters - iter_num - 1)), flush=True)
+        print(progress.describe_step(iter_num, numbers, seconds_left), flush=True)
         if log:
             log(iter_num, numbers)
+    status.show(iter_num, max_iters, lossf, seconds_left)
     mean_before = spike(lossf)
     if mean_before is not None:
         print(f'warning: step {iter_num}: the loss jumped to {lossf:.4f}, '

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from core.distributed import all_reduce
+from core.training.progress import show_progress
 from core.weights.checkpoint import load_reference, refuse_reward_model
 from objectives import reward
 from objectives.reward import divisor, draw, fixed, ranked_right  # noqa: F401  # part of this objective
@@ -59,7 +59,7 @@ def reference_logps(model, data, split, config, env):
     logps = torch.zeros(len(pairs), 2)
     print(f'the log-probabilities of {2 * len(pairs):,} answers ({split}) by the reference model ...', flush=True)
     begins = range(env.rank * batch_size, len(pairs), env.world_size * batch_size)
-    for i in tqdm(begins, desc=f'reference, {split}', leave=False, disable=None):
+    for i in show_progress(begins, f'reference, {split}'):
         batch = reward.load(data, split, pairs[i:i + batch_size], config['block_size'])
         with env.ctx():
             logps[i:i + batch_size] = answer_logps(model, *(x.to(env.device) for x in batch)).cpu()
