@@ -17,6 +17,7 @@ from tqdm import tqdm
 from core.device import explain, setup
 from core.files import atomic, find
 from core.inference.generation import continue_prompts
+from core.text.chat_template import end_ids
 from core.text.tokenizer import EOT, load_tokenizer
 from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer
 from core.weights.quantize import prepare_for_inference
@@ -38,7 +39,7 @@ top_p = 1.0  # sample from the smallest set of tokens with this probability
 min_p = 0.0  # sample only tokens with at least this share of the most likely token's probability
 repetition_penalty = 1.0  # above 1: tokens that have occurred become less likely; 1.2 is a lot
 stop = ''  # end a sample before this text, in which \n is a newline; may be repeated
-end_token = '<|endoftext|>'  # end a sample before this special token; '': always generate max_new_tokens
+end_token = '<|endoftext|>'  # end a sample before this token (this one: and a chat's); '': always max_new_tokens
 seed = 1337  # same seed, same text (in float32, whatever else is in the batch); every line of --interactive has its own
 logprobs = False  # print each token's log-probability under the model (in nats, at temperature 1)
 out = ''  # also write the samples to this file, one JSON object per line
@@ -128,7 +129,7 @@ def generate(model, tok, encoded, copies, first_seed, stream):
     steps = continue_prompts(
         model, tok, [ids for _, ids in encoded], max_new_tokens,
         seeds=[[first_seed, copy] for _ in encoded for copy in range(copies)], copies=copies,
-        end_ids=[tok.specials[end_token]] if end_token in tok.specials else [],
+        end_ids=end_ids(tok) if end_token == EOT else [tok.specials[end_token]] if end_token else [],
         stop_texts=[text.replace('\\n', '\n') for text in config_given.get('stop', [stop]) if text],
         with_logprobs=logprobs or bool(out), repetition_penalty=repetition_penalty,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -219,7 +220,7 @@ env = setup(device, dtype, seed=seed)
 model, source = load_model(init_from, out_dir, ckpt)
 refuse_reward_model(model, out_dir if init_from == 'resume' else init_from)
 tok = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
-if end_token and end_token not in tok.specials and 'end_token' in config_given:
+if end_token not in ('', *tok.specials) and (end_token != EOT or 'end_token' in config_given):
     sys.exit(f'end_token={end_token}: no special token of this tokenizer; it has {", ".join(tok.specials) or "none"}')
 if texts == [('', '\n')] and 'start' not in config_given and tok.unknown('\n'):
     texts = [('', tok.decode([0]))]  # a vocabulary without newlines: start with its first character

@@ -19,7 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from core.device import catch_signals, check_memory, reseed, setup, to_device, try_compile, warn_if_slow
-from core.distributed import all_reduce, check_same_on_all_ranks, full_tensor, shard, shutdown
+from core.distributed import all_reduce, check_same_on_all_ranks, full_tensor, print_errors_once, shard, shutdown
 from core.files import find
 from core.text.dataset import fingerprint, open_dataset
 from core.training import progress, run_folder, settings
@@ -38,7 +38,7 @@ from model import GPT, GPTConfig
 # I/O
 out_dir = 'out'  # folder of the checkpoints ckpt.pt (last) and best.pt, of log.csv, and of weights.pt at the end
 eval_interval = 2000  # evaluate and save every so many steps
-log_interval = 1  # print and log every so many steps
+log_interval = 1  # print and log every so many steps, and after ten seconds
 eval_iters = 200  # evaluate on this many batches per split, evenly spaced; -1: on all of the validation split
 eval_only = False  # evaluate once, then stop
 always_save_checkpoint = True  # sample.py uses the last checkpoint, ckpt.pt; False: best.pt (best validation loss)
@@ -61,7 +61,7 @@ tensorboard_log = False  # to out_dir/tensorboard
 # data
 objective = 'next_token'  # the loss: the name of a file in objectives/
 dataset = 'openwebtext'  # a folder in data/
-data_order = 'random'  # or 'epochs' (each token once per epoch, for small texts), 'documents' (rows start at documents)
+data_order = 'random'  # or 'epochs' (each token once per epoch) or 'documents' (rows start at documents; some repeat)
 gradient_accumulation_steps = 5 * 8  # micro-batches in a step, divided among all processes
 batch_size = 12  # rows in a micro-batch; a step has batch_size * gradient_accumulation_steps rows in all
 block_size = 1024  # tokens in a row: the context
@@ -87,7 +87,7 @@ parallel = 'ddp'  # each process has the full model; 'fsdp': shards, for models 
 optimizer = 'adamw'  # or 'muon': Muon for the matrices of the blocks and AdamW for the rest; needs fewer steps
 learning_rate = 6e-4  # maximum learning rate
 muon_lr = 0.02  # maximum learning rate of the matrices that Muon updates
-max_iters = 600000  # steps in all; -1: until 20 tokens per parameter are seen (Hoffmann et al. 2022)
+max_iters = 600000  # steps in all; 0: evaluate and save; -1: see 20 tokens per parameter (Hoffmann et al. 2022)
 weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # AdamW's, for the mean of the gradient
 beta2 = 0.95  # AdamW's, for its square; 0.99 where a step sees few tokens
@@ -106,6 +106,7 @@ device = 'auto'  # cuda, else mps, else cpu; or a name, e.g. 'cpu', 'cuda:1'
 dtype = 'auto'  # bfloat16 if the hardware is fast at it, else float16 on CUDA, float32 elsewhere; or a name
 compile = True  # use torch.compile: slower to start, then faster; falls back to eager with a warning
 # ---------------------------------------------------------------------------------------------------------------------
+print_errors_once()
 EXTRA_SETTINGS = ('core.weights.lora',)  # modules whose settings are settings of this script too
 config, config_given = {}, {}  # filled by the next line: all settings; those of the command line alone
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
@@ -115,6 +116,9 @@ n_embd = n_embd or 64 * n_layer  # nanochat's rule: depth determines width, head
 n_head = n_head or max(1, n_embd // (head_size or 64))
 settings.check_heads(n_embd, n_head, n_kv_head, head_size, rope_theta, derived=config['n_head'] == 0)
 training = not eval_only
+out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
+if training:
+    run_folder.check_writable(out_dir)
 
 # --- 1. device, precision and this rank's share of a step
 env = setup(device, dtype, backend, seed, training=True)  # from here on only rank 0 prints
@@ -129,7 +133,6 @@ data = open_dataset(dataset)
 data_hash = fingerprint(data)
 
 # --- 3. model: new, resumed, or from the weights of another run, a GPT-2, Llama or Qwen3
-out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
 start_from, launch = run_folder.resolve_init_from(init_from, out_dir, env)  # 'auto' becomes 'resume' or 'scratch'
 resuming = start_from == 'resume'
 checkpoint = {}
@@ -173,8 +176,8 @@ width_factor = (768 / model.config.n_embd)**0.5 if config['n_embd'] == 0 else 1.
 learning_rate *= width_factor
 min_lr *= width_factor
 tokens_per_iter = total_rows * block_size
-if max_iters == -1:
-    max_iters = math.ceil(20 * model.num_params() / tokens_per_iter)
+if max_iters == -1:  # 20 tokens per parameter that multiplies: without lookup tables
+    max_iters = math.ceil(20 * model.num_params(lookups=False) / tokens_per_iter)
 if lr_decay_iters == -1:
     lr_decay_iters = max_iters
 config.update({key: getattr(model.config, key) for key in settings.ARCHITECTURE})  # save the values that are used
@@ -229,7 +232,8 @@ if compile and training:
     network = try_compile(model, micro_rows, block_size, env, bool(data.kind))
 if env.ddp and not env.sharded:
     device_ids = [env.device] if env.device_type == 'cuda' else None
-    network = DDP(network, device_ids=device_ids, broadcast_buffers=False)
+    network = DDP(network, device_ids=device_ids)
+    network.broadcast_buffers = False  # they never change; as an argument it is deprecated in PyTorch 2.13
 
 
 def get_lr(it):
@@ -285,6 +289,7 @@ if training:
 first_iter = iter_num
 eval_windows = eval_iters * batch_size if eval_iters > 0 else -1
 clock = progress.StepClock(iter_num)
+status = progress.StatusLine()
 while True:
     last = iter_num >= max_iters
     if iter_num % eval_interval == 0 or last or eval_only:
@@ -294,7 +299,8 @@ while True:
         if log:
             log(iter_num, numbers)
         best = numbers.get('val_loss', math.inf) < best_val_loss
-        if training and (iter_num > first_iter or (best and resuming)):  # not for the initial weights
+        # initial weights are saved only if they are the final ones, too
+        if training and (iter_num > first_iter or (best if resuming else last)):
             if best:
                 best_val_loss = numbers['val_loss']
             saver.save(state(), best)
@@ -319,8 +325,8 @@ while True:
     divisor, tokens = all_reduce([local_divisor, local_tokens], env).tolist()  # of the step, over all ranks
     divisor = max(divisor, 1)  # a step without targets has loss 0
     for group in opt.param_groups:
-        group['lr'] = get_lr(iter_num) * group['lr_scale']
-        if 'momentum' in group:  # Muon's momentum warms up: early gradients are soon out of date
+        group['lr'] = get_lr(iter_num) * group.get('lr_scale', 1.0)
+        if group.get('rule') == 'muon':  # its momentum warms up: early gradients are soon out of date
             group['momentum'] = 0.85 + 0.1 * min(1.0, iter_num / 300)
 
     total_loss = 0.0
@@ -347,15 +353,18 @@ while True:
     scaler.update()
     opt.zero_grad()
 
-    if iter_num % log_interval == 0:
-        dt = clock.lap(iter_num + 1)
+    dt = clock.mean(iter_num + 1)
+    seconds_left = dt * (max_iters - iter_num - 1)
+    if iter_num % log_interval == 0 or clock.is_silent():
+        clock.restart(iter_num + 1)
         numbers = {'loss': lossf, 'lr': opt.param_groups[0]['lr'], 'grad_norm': grad_norm}
         numbers.update(ms=dt * 1000, tokens_per_s=tokens / dt)
         if env.peak_flops and not model.lora:  # flops_per_token() counts full training, so no MFU with LoRA
             numbers['mfu'] = model.flops_per_token() * tokens / dt / env.peak_flops / env.world_size
-        print(progress.describe_step(iter_num, numbers, dt * (max_iters - iter_num - 1)), flush=True)
+        print(progress.describe_step(iter_num, numbers, seconds_left), flush=True)
         if log:
             log(iter_num, numbers)
+    status.show(iter_num, max_iters, lossf, seconds_left)
     mean_before = spike(lossf)
     if mean_before is not None:
         print(f'warning: step {iter_num}: the loss jumped to {lossf:.4f}, '
@@ -375,7 +384,7 @@ if log:
     log.close()
 if training and env.master and iter_num >= max_iters:
     save_weights(out_dir)
-if iter_num > first_iter:
+if saver.saved:
     script = 'chat.py' if data.kind else 'sample.py'
     next_command = '' if model.config.reward else f'python {script} --out_dir={out_dir}'
     print(progress.describe_end(iter_num - first_iter, clock.elapsed(), skipped, saver, best_val_loss, next_command))

@@ -283,12 +283,14 @@ def try_compile(model, rows, T, env, packed=False):
         return model
     print('compiling the model... (takes about a minute, the next time some seconds; --compile=False starts at once)',
           flush=True)
+    started = time.perf_counter()
     try:
         compiled = torch.compile(model)
         batch = trial_batch(rows, T, model.config.vocab_size, env.device, packed)
         with env.ctx():
             compiled(*batch).mean().backward()
         check_gradients(model)
+        print(f'compiled in {time.perf_counter() - started:.0f} s', flush=True)
         return compiled
     except torch.OutOfMemoryError:
         raise

@@ -2,7 +2,9 @@
 import datetime
 import hashlib
 import os
+import re
 import sys
+import time
 import uuid
 import warnings
 
@@ -58,6 +60,63 @@ def all_gather_like(part, other):
     return sharded.full_tensor()
 
 # --- start, collectives, exit
+
+
+def print_errors_once():
+    """
+    From now on a line on stderr that several ranks of a torchrun print, such as an error in the settings, appears once:
+    rank 0 prints it, and another rank only if rank 0 does not within a few seconds. Needs no process group.
+    """
+    rank = int(os.environ.get('RANK', 0))
+    # without torchrun's store there is nothing through which the ranks could agree before they form a group
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' and int(os.environ['WORLD_SIZE']) > 1:
+        sys.stderr = SharedStderr(sys.stderr, rank)
+
+
+class SharedStderr:
+    """The stderr of a rank; see print_errors_once()."""
+
+    def __init__(self, stream, rank):
+        self.stream = stream
+        self.is_first = rank == 0
+        self.store = None
+        self.patience = 5.0  # seconds that lines of this rank wait for the same line of rank 0, all together
+        self.line = ''  # the line that is being written
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def isatty(self):
+        return self.is_first and self.stream.isatty()  # no progress bars on other ranks
+
+    def write(self, text):
+        if self.is_first:
+            self.stream.write(text)
+        *lines, self.line = (self.line + text).split('\n')
+        for line in lines:
+            if not self.is_on_rank_0(line) and not self.is_first:
+                self.stream.write(f'{line}\n')
+                self.stream.flush()
+        return len(text)
+
+    def is_on_rank_0(self, line):
+        """Rank 0 notes the line in torchrun's store. The others return whether it is noted there."""
+        line = re.sub(r'^\[rank\d+\]: ', '', line)  # torch's prefix of tracebacks
+        key = hashlib.sha256(f'{os.environ.get("TORCHELASTIC_RESTART_COUNT")} {line}'.encode()).hexdigest()
+        try:
+            self.store = self.store or next(dist.rendezvous('env://'))[0]
+            if self.is_first:
+                self.store.set(key, '')
+                return True
+            deadline = time.monotonic() + self.patience
+            while not self.store.check([key]):
+                self.patience = max(0.0, deadline - time.monotonic())
+                if not self.patience:
+                    return False
+                time.sleep(0.02)
+            return True
+        except RuntimeError:  # torchrun has ended
+            return False
 
 
 def fresh_rendezvous(rank, world_size):

@@ -13,18 +13,19 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from core.distributed import all_reduce
+from core.training.progress import show_progress
 from core.weights.checkpoint import load_reference, refuse_reward_model
 from objectives import reward
-from objectives.reward import divisor, draw, fixed  # noqa: F401  # part of this objective
+from objectives.reward import divisor, draw, fixed, ranked_right  # noqa: F401  # part of this objective
 
 beta = 0.1  # how strongly the model is held to the reference: higher stays closer
 label_smoothing = 0.0  # share of pairs assumed to be labelled the wrong way round (https://ericmitchell.ai/cdpo.pdf)
 reference = ''  # the reference model, a checkpoint or the folder of a run; '': the model of --init_from
 
 MEASURES = ('loss', 'accuracy', 'margin', 'kl')
+TOKENS_AT_ONCE = 2**14  # of the answers whose log-probabilities by the reference model are computed together
 
 
 def start(model, data, env, config, saved):
@@ -53,12 +54,12 @@ def state(context):
 @torch.no_grad()
 def reference_logps(model, data, split, config, env):
     """Return the log-probabilities (pairs, 2) of all answers of a split; the ranks share the work."""
-    batch_size = config['batch_size']
+    batch_size = max(config['batch_size'], TOKENS_AT_ONCE // (2 * data.longest))  # pairs; no gradients, so many fit
     pairs = np.arange(len(data.starts[split]) // 2)
     logps = torch.zeros(len(pairs), 2)
     print(f'the log-probabilities of {2 * len(pairs):,} answers ({split}) by the reference model ...', flush=True)
     begins = range(env.rank * batch_size, len(pairs), env.world_size * batch_size)
-    for i in tqdm(begins, desc=f'reference, {split}', leave=False, disable=None):
+    for i in show_progress(begins, f'reference, {split}'):
         batch = reward.load(data, split, pairs[i:i + batch_size], config['block_size'])
         with env.ctx():
             logps[i:i + batch_size] = answer_logps(model, *(x.to(env.device) for x in batch)).cpu()
@@ -79,13 +80,12 @@ def load(data, split, pairs, block_size, context):
     return *reward.load(data, split, pairs, block_size), context.logps[split][pairs]
 
 
-def margins(model, batch):
+def margins(logps, reference_logps):
     """
     Return how much more log-probability the chosen answer has gained since the reference than the
-    rejected one, (pairs,), in nats.
+    rejected one, (pairs,), in nats. logps, reference_logps (pairs, 2): by the model and by the reference.
     """
-    X, Y, document, reference_logps = batch
-    chosen, rejected = (answer_logps(model, X, Y, document) - reference_logps).unbind(dim=1)
+    chosen, rejected = (logps - reference_logps).unbind(dim=1)
     return chosen - rejected
 
 
@@ -98,7 +98,8 @@ def losses(margin):
 
 def loss(model, batch):
     """Return the summed loss of the pairs."""
-    return losses(margins(model, batch)).sum()
+    X, Y, document, reference_logps = batch
+    return losses(margins(answer_logps(model, X, Y, document), reference_logps)).sum()
 
 
 def measure(model, batch, data, context):
@@ -107,16 +108,29 @@ def measure(model, batch, data, context):
     margin; the margin of the implicit rewards, beta times that of the log-probabilities; KL(model ||
     reference) in nats per token, computed from the full distributions at every token of the chosen
     answers.
+    The reference's log-probabilities are computed anew: those of the batch were computed in other rows
+    and differ by rounding, so that a model that equals the reference would not have margins of 0.
     """
     X, Y, document, _ = batch
-    margin = margins(model, batch)
-    is_chosen = (Y != -1) & (document % 2 == 0)
+    reference_logps = answer_logps(context.reference_model, X, Y, document)
+    margin = margins(answer_logps(model, X, Y, document), reference_logps)
+    is_chosen = is_last_answer(Y, document) & (document % 2 == 0)
     logps = next_token_logps(model, X, document, is_chosen)
     kl = (logps.exp() * (logps - next_token_logps(context.reference_model, X, document, is_chosen))).sum()
-    sums = torch.stack([losses(margin).sum(), (margin > 0).sum(), beta * margin.sum(), kl]).double().cpu()
+    sums = torch.stack([losses(margin).sum(), ranked_right(margin), beta * margin.sum(), kl]).double().cpu()
     n_pairs = len(margin)
     divisors = torch.tensor([n_pairs, n_pairs, n_pairs, is_chosen.sum()], dtype=torch.float64)
     return torch.stack([sums, divisors], dim=1)
+
+
+def is_last_answer(Y, document):
+    """Return a mask (rows, T) of the targets of each document's last answer: a conversation has earlier ones too."""
+    is_target = (Y != -1).flatten()
+    begins = is_target & ~F.pad(is_target, (1, 0))[:-1]
+    answer = begins.cumsum(0)  # the number of the answer that a target belongs to
+    last = torch.zeros(int(document.max()) + 1, dtype=answer.dtype, device=Y.device)
+    last.scatter_reduce_(0, document.flatten(), answer * is_target, 'amax')
+    return (is_target & (answer == last[document.flatten()])).view(Y.shape)
 
 
 def next_token_logps(model, X, document, where):

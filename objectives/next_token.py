@@ -37,7 +37,8 @@ def draw(data, rows, block_size, seed, step, order='random'):
 
     'random': with replacement, as nanoGPT does; in a mixture, first the folder by its weight. 'epochs'
     (of one folder): every token once before any comes again. 'documents': every document once, uncut if
-    it fits into a row, see document_rows(). Conversations are always drawn by 'documents'.
+    it fits into a row, see document_rows(); the beginning of one that is cut comes twice. Conversations
+    are always drawn by 'documents'.
     """
     if data.kind:
         order = 'documents'
@@ -68,16 +69,19 @@ def draw_at_random(data, rows, block_size, seed, step):
 def epoch_starts(data, block_size, seed, epoch, order):
     """
     Return the start positions of all rows of an epoch, in random order. With order='epochs' the rows
-    stand end to end, and where the first one begins is random too.
+    stand end to end and every token but the first is a target once. Where the rows are cut is random
+    too, so the first and the last one may be shorter: see windows().
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     if order == 'documents':
         starts = document_rows(data, block_size)
         return starts[torch.randperm(len(starts), generator=generator).numpy()]
-    n_tokens = data.splits['train']
-    n_rows = max(1, n_tokens // block_size - 1)
-    first = torch.randint(min(block_size, n_tokens - n_rows * block_size), (1,), generator=generator)
-    return (first + block_size * torch.randperm(n_rows, generator=generator)).numpy()
+    n_targets = data.splits['train'] - 1
+    # targets of the first row: at least so many that the number of rows is the same in every epoch
+    least = max(1, n_targets % block_size)
+    first = int(torch.randint(least, max(block_size, least + 1), (1,), generator=generator))
+    starts = torch.arange(first - block_size, n_targets, block_size)
+    return starts[torch.randperm(len(starts), generator=generator)].numpy()
 
 
 @functools.lru_cache(maxsize=2)

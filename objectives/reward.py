@@ -87,8 +87,13 @@ def loss(model, batch):
     return -F.logsigmoid(margins(model, batch)).sum()
 
 
+def ranked_right(margin):
+    """Return how many of the pairs have a positive margin (pairs,). One without a margin counts half."""
+    return (margin > 0).sum() + 0.5 * (margin == 0).sum()
+
+
 def measure(model, batch, data, context=None):
     """Return sum and divisor of each of MEASURES, (3, 2): the loss; the share of pairs ranked right; the margin."""
     margin = margins(model, batch)
-    sums = torch.stack([-F.logsigmoid(margin).sum(), (margin > 0).sum(), margin.sum()])
+    sums = torch.stack([-F.logsigmoid(margin).sum(), ranked_right(margin), margin.sum()])
     return torch.stack([sums, margin.new_full((3,), len(margin))], dim=1)

@@ -1,4 +1,5 @@
 """Bad input ends a script with one clear line on stderr and a non-zero exit, and leaves no file half-written."""
+import errno
 import json
 import os
 import pickle
@@ -399,6 +400,17 @@ def test_unwritable_out_dir(tiny_data, tmp_path):
                names=[f'out_dir={out_dir}', 'cannot write'], folder=tmp_path)
 
 
+def test_a_read_only_disk_is_noticed_first(tiny_run, tmp_path, monkeypatch):
+    """Before the missing dataset, for a new folder and for an old one; evaluation writes nothing."""
+    def read_only(dir):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr('tempfile.TemporaryFile', read_only)
+    for out_dir, init_from in ((tmp_path / 'new', 'scratch'), (tiny_run, 'resume')):
+        args = *TINY, '--dataset=none', f'--out_dir={out_dir}', f'--init_from={init_from}'
+        refuse('train.py', *args, names=[f'out_dir={out_dir}', 'Read-only'], folder=tmp_path)
+        refuse('train.py', *args, '--eval_only=True', names=['dataset=none'], folder=tmp_path)
+
+
 @pytest.mark.skipif(os.name == 'nt', reason='Windows has no limit of file sizes')
 @pytest.mark.parametrize('name, limit', [('run.json', 100), ('log.csv', 5000), ('ckpt.pt', 20000)])
 def test_full_disk(own_run, tiny_data, name, limit):
@@ -406,7 +418,6 @@ def test_full_disk(own_run, tiny_data, name, limit):
     The disk fills up while run.json, log.csv or the checkpoint is written. The old checkpoint survives and loads, and
     no temporary file is left.
     """
-    import errno
     import resource
     if name == 'log.csv':
         header, *rows = (own_run / name).read_text(encoding='utf-8').splitlines(keepends=True)

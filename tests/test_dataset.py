@@ -84,31 +84,32 @@ def test_ids_above_65536_train(tmp_path):
     )
 
 
-def test_epochs_see_every_token_once(tmp_path):
-    """Windows end to end, in another random order each epoch, across the steps of any batch."""
-    data = open_dataset(folder_of(tmp_path / 'a', train=[random_ids(1000)]))
-    starts = np.concatenate([next_token.draw(data, 7, 16, 1, step, 'epochs') for step in range(40)])
-    first, second = (
-        starts[:61],
-        starts[61:122],
-    )  # 1000 // 16 - 1 windows: one less than fit, so that the first may begin anywhere in a window
-    for some in first, second:
-        assert (
-            (np.diff(np.sort(some)) == 16).all()
-            and (np.diff(some) != 16).any()
-            and 0 <= some.min() < 16
-            and some.max() + 16 < 1000
-        )
-    assert first.tolist() != second.tolist() and min(first) != min(second)
-    assert (
-        starts[:14].tolist()
-        == next_token.draw(data, 14, 16, 1, 0, 'epochs').tolist()
-        != next_token.draw(data, 14, 16, 2, 0, 'epochs').tolist()
-    )
-    data = open_dataset(
-        folder_of(tmp_path / 'b', train=[random_ids(20)])
-    )  # one window, and room for it to begin in 4 places
-    assert set(next_token.draw(data, 200, 16, 1, 0, 'epochs').tolist()) == {0, 1, 2, 3}
+@pytest.mark.parametrize('n, T', [(1000, 16), (129, 64), (129, 128), (17, 16), (18, 16), (31, 16), (33, 16), (20, 1)])
+def test_every_token_is_a_target_once_an_epoch(n, T, tmp_path):
+    """In another random order each epoch, with other cuts between the rows, across the steps of any batch."""
+    data = open_dataset(folder_of(tmp_path / 'a', train=[random_ids(n)]))
+    n_rows = len(next_token.epoch_starts(data, T, 1, 0, 'epochs'))
+    assert n_rows == math.ceil((n - 1) / T) + ((n - 1) % T == 0 and T > 1)
+    epochs = np.concatenate([next_token.draw(data, 7, T, 1, step, 'epochs') for step in range(n_rows)])
+    epochs = epochs.reshape(7, n_rows)
+    for starts in epochs:
+        targets = [position for start in starts for position in range(max(start, 0) + 1, min(start + T, n - 1) + 1)]
+        assert sorted(targets) == list(range(1, n))
+    assert n_rows < 3 or len({tuple(starts) for starts in epochs}) > 1
+    assert n < 1000 or len(set(epochs.min(axis=1))) > 2
+    assert next_token.draw(data, n_rows, T, 1, 0, 'epochs').tolist() == epochs[0].tolist()
+
+
+def test_rows_of_an_epoch(tmp_path):
+    """The first one may end early and the last one may be padded: together their targets are the text."""
+    ids = np.arange(37) % 10
+    data = open_dataset(folder_of(tmp_path / 'a', train=[ids]))
+    for epoch in range(5):
+        starts = np.sort(next_token.epoch_starts(data, 16, 1, epoch, 'epochs'))
+        x, y = windows(data, 'train', starts, 16)
+        assert y[y != -1].tolist() == ids[1:].tolist()
+        assert x[y != -1].tolist() == ids[:-1].tolist()
+        assert y[0, 0] != -1  # what precedes a target in its row precedes it in the text
 
 
 def test_a_mixture_draws_by_weight_and_never_across_folders(tmp_path):

@@ -20,7 +20,7 @@ from core.text.tokenizer import (
     qwen2_tokenizer,
     train_bpe,
 )
-from core.weights.checkpoint import load_checkpoint, save_checkpoint
+from core.weights.checkpoint import describe, load_checkpoint, save_checkpoint
 from core.weights.huggingface import architecture_of, load_pretrained, save_pretrained
 from model import GPT, GPTConfig
 
@@ -75,6 +75,8 @@ def test_transformers_computes_the_same(style, tmp_path):
     save_pretrained(tmp_path, model, tokenizer, 'float32', 'x')
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert peer.config.model_type == architecture_of(model.config, 'x') == style.split(',')[0]
+    if 'no bias' not in style:  # transformers' GPT-2 has them, as zeros
+        assert describe(model).startswith(f'{peer.num_parameters():,} parameters')
     idx = torch.randint(97, (3, 20))
     assert (model(idx) - peer(idx).logits).abs().max() <= 1e-5
     text = torch.stack([*model.generate(idx[:, :8], 100)], dim=1)  # (3, 100)

@@ -9,6 +9,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY, losses_of, run_script
 
 import objectives
@@ -117,22 +118,38 @@ def test_an_objective(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_optimizer(train, tmp_path):
-    checkpoint = train('An optimizer')
-    assert [group['rule'] for group in checkpoint['optimizer']['param_groups']] == ['lion', 'lion']
-    formula = """import torch
-from core.training.optimizer import Optimizer
-p = torch.nn.Parameter(torch.ones(3))
-opt = Optimizer([{'params': [p], 'rule': 'lion', 'lr': 0.1, 'betas': (0.9, 0.99), 'weight_decay': 0.5}])
-p.grad = torch.tensor([5.0, -3.0, 0.0])
-opt.step()
-torch.testing.assert_close(p.data, torch.tensor([0.85, 1.05, 0.95]))  # 1 - lr * decay - lr * sign(gradient)
-p.grad = torch.tensor([-0.1, 3.0, 0.0])  # 0.9 * 0.01 * 5 > 0.1 * 0.1
-opt.step()
-torch.testing.assert_close(p.data, torch.tensor([0.85, 1.05, 0.95]) * 0.95 - torch.tensor([0.1, 0.1, 0.0]))
-"""
-    result = run(tmp_path, f'python -c {shlex.quote(formula)}')
+def test_an_optimizer(tiny_data, tmp_path):
+    """The schedule drives it, and a resumed run ends with the weights of an undisturbed one."""
+    recipe = 'An optimizer'
+    apply(recipe, tmp_path)
+    [command] = commands(recipe)
+
+    def train(name, *args):
+        result = run(tmp_path, command, *STEPS, f'--dataset={tiny_data}', f'--out_dir={tmp_path / name}', *args,
+                     '--learning_rate=0.1', '--lr_decay_iters=6', '--min_lr=0.0', '--log_interval=1')
+        assert result.returncode == 0, result.stderr
+        return load_checkpoint(str(tmp_path / name / 'ckpt.pt'))
+    whole = train('whole', '--max_iters=3')
+    train('resumed', '--max_iters=2')
+    resumed = train('resumed', '--max_iters=3', '--init_from=resume')
+    [group] = resumed['optimizer']['param_groups']
+    assert group['momentum'] == 0.9
+    assert [rate for _, rate in losses_of(tmp_path / 'resumed', 'lr')] == pytest.approx([0.1, 0.0933, 0.075], abs=1e-4)
+    assert all(torch.equal(weight, resumed['model'][key]) for key, weight in whole['model'].items())
+
+
+@pytest.mark.slow
+def test_a_logged_number(tiny_data, tmp_path):
+    recipe = 'A logged number'
+    apply(recipe, tmp_path)
+    result = run(tmp_path, commands(recipe)[0], *STEPS, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}',
+                 '--log_interval=1')
     assert result.returncode == 0, result.stderr
+    *_, (step, norm) = losses_of(tmp_path / 'out', 'weight_norm')
+    weights = load_checkpoint(str(tmp_path / 'out' / 'ckpt.pt'))['model']
+    weights.pop('lm_head.weight')  # the same tensor as the token embedding
+    assert step == 2
+    assert norm == pytest.approx(sum(weight.square().sum().item() for weight in weights.values())**0.5, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -12,6 +12,9 @@ import torch
 from conftest import ROOT, TINY, losses_of, run_script
 from torch.nn import functional as F
 
+from core.weights.checkpoint import describe
+from model import GPT, GPTConfig
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -108,6 +111,16 @@ def test_readme_command(config_of):
     config = config_of('config/train_shakespeare_char.py', *(f'--{key}={value}' for key, value in LAPTOP.items()))
     expected = DEFAULTS | CONFIGS['train_shakespeare_char'] | LAPTOP
     assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize('style, text', [
+    ({}, '10,745,088 parameters, 10.65M as nanoGPT counts (6 layers, '),  # nanoGPT prints 10.65M
+    ({'rope_theta': 1e4, 'tied': False}, '10,671,744 parameters (6 layers, '),  # no learned positions; two matrices
+])
+def test_counts_of_parameters(style, text):
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, bias=False, **style))
+    assert describe(model).startswith(text)
 
 # --- nanoGPT's checkpoints
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from chat_models import save_model
 from conftest import ROOT, TINY, TINY_LOADED, exit_line, losses_of, make_dataset, run_script, write
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ from core.text.chat_template import answer_text, end_of_turn
 from core.text.conversations import divide, write_folders
 from core.text.dataset import open_dataset, pack_documents, shuffled
 from core.text.tokenizer import char_tokenizer
+from core.training.samples import show_batch, show_samples
 from core.weights.vocabulary import resize_vocabulary
 from model import GPT, GPTConfig
 from objectives import dpo, grpo, next_token, reward
@@ -206,6 +208,7 @@ def test_reward_loss(folder):
     reward.start(model, data, ENV, {'block_size': 32}, {})
     batch = reward.load(data, 'train', np.arange(5), 32)
     assert reward.loss(model, batch).item() == pytest.approx(5 * math.log(2))  # the head starts at 0
+    assert reward.measure(model, batch, data)[1].tolist() == [2.5, 5]  # so no answer is better than the other
     torch.nn.init.normal_(model.lm_head.weight)
     margin = reward.margins(model, batch)
     X, _, document = batch
@@ -230,6 +233,7 @@ def test_dpo_loss_and_gradients(folder, monkeypatch):
     """
     monkeypatch.setattr(dpo, 'beta', 0.3)
     monkeypatch.setattr(dpo, 'label_smoothing', 0.1)
+    monkeypatch.setattr(dpo, 'TOKENS_AT_ONCE', 0)  # the reference's batches have batch_size pairs
     data = open_dataset(str(folder / 'pairs'))
     model = tiny()
     torch.manual_seed(1)
@@ -265,8 +269,28 @@ def test_dpo_loss_and_gradients(folder, monkeypatch):
 
     same = context_of(model, 4)  # the model is its own reference: loss ln 2, margin 0, KL 0
     numbers = dpo.measure(model, dpo.load(data, 'train', np.arange(6), 32, same), data, same)
-    expected = [math.log(2), numbers[1, 0].item() / 6, 0, 0]
-    assert (numbers[:, 0] / numbers[:, 1]).tolist() == pytest.approx(expected, abs=1e-4)
+    assert (numbers[:, 0] / numbers[:, 1]).tolist() == pytest.approx([math.log(2), 0.5, 0, 0])
+
+
+def test_dpo_measures_the_last_answer(tmp_path):
+    """In conversations with several answers KL is the mean over the tokens of the one that is preferred."""
+    pairs = [(spell(n) + spell(n + 1)[:1], 'abc', 'zz') for n in range(4)] + [(spell(3)[:1], 'bb', 'c')]
+    write_folders(str(tmp_path), LETTERS, {}, {'train': pairs, 'val': []}, {}, max_tokens=64)
+    data = open_dataset(str(tmp_path / 'pairs'))
+    model, reference = tiny(block_size=64), tiny(block_size=64)
+    with torch.no_grad():
+        model.lm_head.weight += torch.randn_like(model.lm_head.weight) * 0.1
+        context = SimpleNamespace(reference_model=reference, logps={'train': torch.zeros(5, 2)})
+        numbers = dpo.measure(model, dpo.load(data, 'train', np.arange(5), 64, context), data, context)
+        total, count = 0, 0
+        for n in range(0, 10, 2):
+            begin, end = data.starts['train'][n:n + 2]
+            ids = torch.from_numpy(read_files(tmp_path, 'pairs')[0][begin:end])
+            answer = len(data.tokenizer.encode('bb' if n == 8 else 'abc')) + 1  # and the end of the turn
+            logps, reference_logps = (m(ids[None, :-1])[0, -answer:].log_softmax(-1) for m in (model, reference))
+            total += (logps.exp() * (logps - reference_logps)).sum().item()
+            count += answer
+    assert numbers[3].tolist() == [pytest.approx(total, rel=1e-4), count]
 
 
 def test_advantages_have_zero_mean_in_each_group():
@@ -471,6 +495,34 @@ def test_samples_and_a_batch_are_shown(base, folder, tmp_path):
 
     out = train('grpo', '--sample_interval=1', '--sample_prompts=', f'--out_dir={tmp_path / "first"}', '--max_iters=1')
     assert re.search(f'sample at step 1: {prompt}\n', out)
+
+
+def test_the_shown_row_has_no_padding(folder, capsys):
+    """Rows of pairs are padded with a token and document of their own, the last row of a text with its last token."""
+    data = open_dataset(str(folder / 'pairs'))
+    lengths = np.diff(data.starts['train'])
+    numbers = np.array([lengths.argmax(), lengths.argmin()])
+    X, Y, document = pack_documents(data, 'train', numbers, lengths.max())
+    show_batch((X[1:], Y[1:], document[1:]), data.tokenizer)
+    begin, end = data.starts['train'][numbers[1]:][:2]
+    tokens = read_files(folder, 'pairs')[0][begin:end]
+    assert len(X) == 2 and X.size(1) > len(tokens)
+    assert re.sub('[⟦⟧]', '', capsys.readouterr().out.split(':\n', 1)[1]) == data.tokenizer.decode(tokens) + '\n'
+
+    data = open_dataset(str(folder / 'sft'))
+    begin, end = data.starts['train'][-2:]
+    show_batch(next_token.load(data, 'train', np.array([begin]), 100), data.tokenizer)
+    tokens = read_files(folder, 'sft')[0][begin:end]
+    assert re.sub('[⟦⟧]', '', capsys.readouterr().out.split(':\n', 1)[1]) == data.tokenizer.decode(tokens) + '\n'
+
+
+def test_samples_end_where_an_answer_ends(tmp_path):
+    """A text, too: where it ends, or where the chat template begins, as in sample.py and chat.py."""
+    run = save_model(tmp_path, end_logit=3)
+    data = SimpleNamespace(tokenizer=run.tokenizer, kind='')
+    show_samples(run.model, data, [('ab', run.tokenizer.encode('ab'))], 60, 0, str(tmp_path), ENV)
+    [sample] = read_samples(tmp_path)
+    assert len(sample['text']) < 50 and '<|' not in sample['text']
 
 
 def test_a_sample_prompt_outside_the_vocabulary(base, folder, tmp_path):

@@ -42,6 +42,16 @@ def test_only_its_own_run_goes_on_after_a_restart(tiny_data, tmp_path, monkeypat
     assert start('scratch', group) == 'scratch'
 
 
+def test_only_its_own_temporary_files_are_deleted(tmp_path):
+    own = ['ckpt.pt.tmp12', 'ckpt_00000010.pt.tmp12', 'best.pt.tmp3', 'weights.pt.tmp3', 'log.csv.tmp4',
+           'run.json.tmp4', 'samples.jsonl.tmp45']
+    others = ['notes.tmp1', 'ckpt.pt.tmp', 'my-ckpt.pt.tmp1', 'data.bin.tmp7']
+    for name in own + others:
+        (tmp_path / name).write_text('', encoding='utf-8')
+    run_folder.lock_run_folder(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, 'lock'])
+
+
 def test_no_room_for_the_checkpoints(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.shutil, 'disk_usage', lambda path: SimpleNamespace(free=10**6))
     line = exit_line(check_disk, str(tmp_path), 10**9, keep_last=2)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from chat_models import save_model
 from conftest import ROOT, make_dataset, run_script, write
 
 from core.weights.checkpoint import load_model, source_tokenizer
@@ -76,6 +77,20 @@ def test_out(tiny_run, tmp_path):
             assert f'{logprob:9.4f}  {tok.decode([token])!r}' in out
     cache_bytes = 2 * 2 * 2 * 2 * 16 * 13 * 4
     assert f'= {cache_bytes:,} bytes' in out
+
+
+def test_a_chat_model_ends_where_its_answers_end(tmp_path):
+    """By default at every token of the template, by --end_token= nowhere, else at this token alone."""
+    run = save_model(tmp_path, end_logit=3).folder
+    args = ['--start=ab', '--num_samples=4', '--max_new_tokens=60', f'--out={tmp_path / "o.jsonl"}']
+
+    def sample_records(*more):
+        sample(run, *args, *more)
+        return records(tmp_path / 'o.jsonl')
+    assert all(r['over'] == 'end' and '<|' not in r['text'] for r in sample_records())
+    assert all(r['over'] == 'length' and len(r['tokens']) == 60 for r in sample_records('--end_token='))
+    assert sample_records('--end_token=<|im_end|>\n') == sample_records()  # the others are unlikely in this model
+    assert 'length' in [r['over'] for r in sample_records('--end_token=<|im_start|>user\n')]
 
 
 @pytest.mark.parametrize('num_samples', [1, 2])

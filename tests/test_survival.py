@@ -3,6 +3,7 @@ What a run survives: kills, lost processes, damaged and missing checkpoints, jum
 folder; and that it is the same run on any number of processes.
 """
 import gc
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from conftest import ROOT, TINY, digits_dataset, losses_of, make_dataset, run_sc
 from test_bad_input import cut, refuse
 
 from benchmarks.kills import kill_and_compare
+from core.distributed import SharedStderr
 from core.text.dataset import fingerprint, open_dataset, windows
 from core.weights.checkpoint import load_checkpoint, load_last
 from objectives import next_token
@@ -360,8 +362,9 @@ def test_one_process_and_several(n, checkpointing, tiny_data, tmp_path):
     """The same 50 losses to 1e-6 in float32, also with activations that are computed again in the backward pass."""
     args = ['--max_iters=50', '--eval_interval=25', '--gradient_accumulation_steps=2', '--eval_iters=-1']
     train(tiny_data, tmp_path / 'one', *args)
-    finish(torchrun('--standalone', f'--nproc_per_node={n}', 'train.py', *TINY, f'--dataset={tiny_data}',
-                    f'--out_dir={tmp_path / "several"}', *args, f'--gradient_checkpointing={checkpointing}'))
+    out = finish(torchrun('--standalone', f'--nproc_per_node={n}', 'train.py', *TINY, f'--dataset={tiny_data}',
+                          f'--out_dir={tmp_path / "several"}', *args, f'--gradient_checkpointing={checkpointing}'))
+    assert 'deprecated' not in out
     assert_close_runs(tmp_path / 'one', tmp_path / 'several', loss=1.01e-6, weights=1e-5)
     assert len(losses_of(tmp_path / 'several')) == 50
 
@@ -487,6 +490,36 @@ def test_ranks_with_other_settings(tiny_data, tmp_path):
     out = torchrun_bash(f'exec {sys.executable} {ROOT / "train.py"} {" ".join(args)}')
     assert 'the settings: process 1 sees another than process 0' in out
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_printed_once(tiny_data):
+    args = *TINY, f'--dataset={tiny_data}'
+    out = torchrun_bash(f'exec {sys.executable} {ROOT / "train.py"} {" ".join(args)} --n_head=3')
+    assert out.count('n_embd=32 is not divisible by n_head=3') == 1
+    out = torchrun_bash(f'exec {sys.executable} {ROOT / "train.py"} {" ".join(args)} --n_head=$((2 + RANK))')
+    assert out.count('n_embd=32 is not divisible by n_head=3') == 1  # of rank 1 alone
+
+
+def test_what_several_ranks_print_on_stderr(monkeypatch):
+    """A line appears once, but one that only rank 1 prints is not lost, nor what comes after torchrun has ended."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed, 'rendezvous', lambda url: iter([(store, 0, 2)]))
+    out = io.StringIO()
+    first, second = SharedStderr(out, 0), SharedStderr(out, 1)
+    second.patience = 0.1
+    print('n_head=3: too many', file=first)
+    print('n_head=3: too many', file=second)
+    print('[rank1]: Traceback\nonly here', file=second)
+    print('[rank0]: Traceback', file=first)
+    assert out.getvalue().splitlines() == ['n_head=3: too many', '[rank1]: Traceback', 'only here',
+                                           '[rank0]: Traceback']
+
+    def gone(url):
+        raise torch.distributed.DistNetworkError('connection refused')
+    monkeypatch.setattr(torch.distributed, 'rendezvous', gone)
+    print('the end', file=SharedStderr(out, 1))
+    assert out.getvalue().endswith('the end\n')
 
 
 def test_the_message_about_a_lost_process(capsys):

@@ -159,6 +159,20 @@ def test_max_iters_updates_exactly(tiny_data, tmp_path):
     assert load(tmp_path)['iter_num'] == 7
 
 
+def test_no_step_at_all(tiny_data, tmp_path):
+    """max_iters=0 evaluates and saves the weights it started with, so that they can be sampled from."""
+    out = train(tiny_data, tmp_path, '--max_iters=0')
+    assert 'step 0: train loss' in out
+    assert f'now: python sample.py --out_dir={tmp_path}' in out
+    for name in ('ckpt.pt', 'best.pt', 'weights.pt'):
+        assert load(tmp_path, name)['iter_num'] == 0
+    sampled = run_script('sample.py', f'--out_dir={tmp_path}', '--start=one', '--device=cpu', '--max_new_tokens=2')
+    assert sampled.code == 0, sampled.err
+    assert 'nothing is left to do' in train(tiny_data, tmp_path, '--max_iters=0', '--init_from=resume')
+    train(tiny_data, tmp_path, '--max_iters=2', '--init_from=resume')
+    assert load(tmp_path)['iter_num'] == 2
+
+
 def test_best_and_last(tiny_data, tmp_path):
     """
     A high learning rate ruins the model. best.pt keeps the best one, and sampling uses it if always_save_checkpoint is

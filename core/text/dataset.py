@@ -278,14 +278,16 @@ def read_document(data, split, number):
 def windows(data, split, starts, block_size):
     """
     Return inputs and targets from these positions of a split, (rows, block_size) int64 each, targets one token ahead.
-    A target is -1 (ignored) after the end of its folder and where the loss mask is False.
+    A target is -1 (ignored) after the end of its folder and where the loss mask is False. A row that starts before
+    position 0 begins there instead, and targets after its own last one are ignored.
     """
-    positions = starts[:, None] + np.arange(block_size + 1)  # (rows, T + 1)
+    positions = np.maximum(starts, 0)[:, None] + np.arange(block_size + 1)  # (rows, T + 1)
     ends = np.array(data.ends[split])
-    end = ends[np.searchsorted(ends, starts, side='right')][:, None]  # (rows, 1), of the folder that each row is in
+    end = ends[np.searchsorted(ends, positions[:, 0], side='right')][:, None]  # (rows, 1), of the row's folder
     tokens, mask = read_tokens(data, split, np.minimum(positions, end - 1))
     x = tokens[:, :-1]
-    y = np.where(mask & (positions < end), tokens, -1)[:, 1:]
+    is_target = mask & (positions < end) & (positions <= starts[:, None] + block_size)
+    y = np.where(is_target, tokens, -1)[:, 1:]
     return torch.from_numpy(x), torch.from_numpy(y)
 
 

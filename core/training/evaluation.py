@@ -3,6 +3,7 @@ import torch
 
 from core.device import to_device
 from core.distributed import all_reduce
+from core.training.progress import show_progress
 
 EVAL_LOGITS = 2**18  # logits per rank and batch: small models evaluate many rows at once
 
@@ -23,7 +24,7 @@ def evaluate(objective_module, model, data, context, n_rows, micro_rows, block_s
     for split in splits:
         starts = objective_module.fixed(data, split, n_rows, block_size)
         sums = torch.zeros(len(objective_module.MEASURES), 2, dtype=torch.float64)  # sum and divisor of each measure
-        for i in range(0, len(starts), at_once):
+        for i in show_progress(range(0, len(starts), at_once), f'evaluation, {split}'):
             mine = starts[i + env.rank:i + at_once:env.world_size]
             # a rank without rows still runs a forward pass: FSDP's collectives need every rank
             batch = objective_module.load(data, split, mine if len(mine) else starts[:1], block_size, context)

@@ -3,6 +3,7 @@ import csv
 import math
 import os
 import sys
+import threading
 
 from core.files import atomic
 
@@ -10,31 +11,18 @@ from core.files import atomic
 class Log:
     """
     Writes log.csv, one row a step or evaluation. A resumed run keeps the rows before step `start` and drops the others.
-    measures: names of what evaluation reports, e.g. ('loss', 'bpb').
+    measures: names of what evaluation reports, e.g. ('loss', 'bpb'). Other numbers may be logged, too.
     """
 
     def __init__(self, out_dir, measures, start, config, run_id):
-        columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu']
-        columns += [f'{split}_{name}' for name in measures for split in ('train', 'val')]
-        self.columns = columns
+        self.path = os.path.join(out_dir, 'log.csv')
+        self.columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu']
+        self.columns += [f'{split}_{name}' for name in measures for split in ('train', 'val')]
+        self.file = None
+        self.lock = threading.Lock()  # the checkpoint writer calls sync() in its thread
         self.wandb = None
         self.tensorboard = None
-        path = os.path.join(out_dir, 'log.csv')
-        kept = []
-        if start > 0 and os.path.exists(path):
-            with open(path, encoding='utf-8', newline='') as f:
-                for row in csv.DictReader(f, restval=''):
-                    if row['iter'].isdigit() and int(row['iter']) < start:
-                        kept.append(row)
-        try:
-            with atomic(path, 'w', newline='') as f:
-                writer = csv.DictWriter(f, columns, extrasaction='ignore')
-                writer.writeheader()
-                writer.writerows(kept)
-            self.file = open(path, 'a', encoding='utf-8', newline='')
-        except OSError as error:
-            sys.exit(f'{path}: cannot be written: {error.strerror}')
-        self.writer = csv.DictWriter(self.file, columns)
+        self.rewrite([row for row in self.read() if int(row['iter']) < start] if start > 0 else [])
         if config['wandb_log']:
             self.wandb = start_wandb(config, out_dir, run_id)
         if config['tensorboard_log']:
@@ -44,14 +32,42 @@ class Log:
                 sys.exit('tensorboard_log=True needs tensorboard: pip install tensorboard')
             self.tensorboard = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=start)
 
+    def read(self):
+        """Return the rows of the file, [{column: text}]."""
+        if not os.path.exists(self.path):
+            return []
+        with open(self.path, encoding='utf-8', newline='') as f:
+            return [row for row in csv.DictReader(f, restval='') if row.get('iter', '').isdigit()]
+
+    def rewrite(self, rows):
+        """Write the file anew, with these rows and columns for all that is in them. Exits if it cannot be written."""
+        names = [name for row in rows[:1] for name in row if name]
+        self.columns += [name for name in names if name not in self.columns]
+        try:
+            with self.lock:
+                with atomic(self.path, 'w', newline='') as f:
+                    writer = csv.DictWriter(f, self.columns, extrasaction='ignore')
+                    writer.writeheader()
+                    writer.writerows(rows)
+                if self.file:
+                    self.file.close()
+                self.file = open(self.path, 'a', encoding='utf-8', newline='')
+        except OSError as error:
+            sys.exit(f'{self.path}: cannot be written: {error.strerror}')
+        self.writer = csv.DictWriter(self.file, self.columns)
+
     def __call__(self, step, numbers):
-        """Write the numbers of one step, {column: number}."""
+        """Write the numbers of one step, {column: number}. A name that is new becomes a new column."""
+        new_columns = [name for name in numbers if name not in self.columns]
+        if new_columns:
+            self.columns += new_columns
+            self.rewrite(self.read())
         try:
             row = {key: f'{value:.8g}' for key, value in numbers.items()}
             self.writer.writerow({'iter': step, **row})
             self.file.flush()
         except OSError as error:
-            sys.exit(f'{self.file.name}: cannot be written: {error.strerror}')
+            sys.exit(f'{self.path}: cannot be written: {error.strerror}')
         if self.wandb:
             self.wandb.log({'iter': step, **numbers}, step=step)  # wandb drops steps that it already has
         if self.tensorboard:
@@ -59,7 +75,8 @@ class Log:
                 self.tensorboard.add_scalar(key, value, step)
 
     def sync(self):
-        os.fsync(self.file.fileno())
+        with self.lock:
+            os.fsync(self.file.fileno())
 
     def close(self):
         self.file.close()

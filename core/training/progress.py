@@ -1,7 +1,12 @@
-"""Step timing, and the lines that train.py prints about the run, a step, an evaluation and the end."""
+"""Step timing, and what train.py prints about the run, a step, an evaluation, a long wait and the end."""
 import datetime
 import math
+import sys
 import time
+
+from tqdm import tqdm
+
+SILENCE = 10  # seconds after which something is printed
 
 
 class StepClock:
@@ -15,14 +20,63 @@ class StepClock:
         self.since = time.perf_counter()
         self.step = step
 
-    def lap(self, step):
-        """Return the mean seconds per step since the last lap or restart."""
-        seconds = (time.perf_counter() - self.since) / (step - self.step)
-        self.restart(step)
-        return seconds
+    def mean(self, step):
+        """Return the mean seconds per step since the last restart."""
+        return (time.perf_counter() - self.since) / (step - self.step)
+
+    def is_silent(self):
+        """Whether the last restart, at which something was printed, was long ago."""
+        return time.perf_counter() - self.since > SILENCE
 
     def elapsed(self):
-        return datetime.timedelta(seconds=round(time.perf_counter() - self.begun))
+        return as_time(time.perf_counter() - self.begun)
+
+
+class StatusLine:
+    """
+    The last line on a terminal, overwritten by the next one and by whatever is printed: it replaces sys.stdout. Shows
+    nothing in a file or a pipe.
+    """
+
+    def __init__(self):
+        self.stream = sys.stdout
+        self.is_terminal = self.stream.isatty()
+        self.is_shown = False
+        self.since = 0.0
+        if self.is_terminal:
+            sys.stdout = self
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        if self.is_shown:
+            self.stream.write('\r\033[K')  # clears the line
+            self.is_shown = False
+        return self.stream.write(text)
+
+    def show(self, step, max_iters, loss, seconds_left):
+        if self.is_terminal and time.perf_counter() - self.since > 0.2:
+            self.write(f'iter {step} of {max_iters}: loss {loss:.4f}, left {as_time(seconds_left)}')
+            self.stream.flush()
+            self.is_shown = True
+            self.since = time.perf_counter()
+
+
+def show_progress(items, what):
+    """Yield the items of a sequence. Meanwhile show a bar on a terminal, and elsewhere a line every ten seconds."""
+    begun = since = time.perf_counter()
+    for i, item in enumerate(tqdm(items, desc=what, leave=False, disable=None, delay=1), 1):
+        yield item
+        now = time.perf_counter()
+        if now - since > SILENCE and not sys.stderr.isatty():
+            since = now
+            print(f'{what}: {i / len(items):.0%}, left {as_time((now - begun) / i * (len(items) - i))}', flush=True)
+
+
+def as_time(seconds):
+    """Return for example '0:01:05'."""
+    return datetime.timedelta(seconds=round(seconds))
 
 
 def describe_run(env, data, micro_steps, micro_rows, block_size, total_rows, max_iters, rows_in_epoch):
@@ -47,9 +101,8 @@ def describe_run(env, data, micro_steps, micro_rows, block_size, total_rows, max
 def describe_step(step, numbers, seconds_left):
     """Return nanoGPT's line about a step, with more fields at its end."""
     mfu = f', mfu {numbers["mfu"] * 100:.2f}%' if 'mfu' in numbers else ''
-    left = datetime.timedelta(seconds=round(seconds_left))
     return (f'iter {step}: loss {numbers["loss"]:.4f}, time {numbers["ms"]:.2f}ms{mfu}, lr {numbers["lr"]:.2e}, '
-            f'norm {numbers["grad_norm"]:.3f}, {numbers["tokens_per_s"]:,.0f} tok/s, left {left}')
+            f'norm {numbers["grad_norm"]:.3f}, {numbers["tokens_per_s"]:,.0f} tok/s, left {as_time(seconds_left)}')
 
 
 def describe_evaluation(step, numbers):

@@ -2,12 +2,19 @@
 import glob
 import json
 import os
+import re
 import shutil
 import sys
+import tempfile
+
+import torch
 
 from core.distributed import all_reduce
 from core.files import atomic, lock_folder
 from core.weights.checkpoint import earlier_checkpoints, load_last
+
+# what atomic() and copy_checkpoint() leave behind in a run's folder if the run is killed
+TEMPORARY = re.compile(r'(ckpt|ckpt_\d{8}|best|weights|log|run|samples)\.(pt|csv|json|jsonl)\.tmp\d+')
 
 
 def open_run_folder(out_dir, opt, keep_last, resuming, **run_json):
@@ -16,9 +23,9 @@ def open_run_folder(out_dir, opt, keep_last, resuming, **run_json):
     if not resuming and has_checkpoint(out_dir):
         print(f'warning: {out_dir} has checkpoints of another run, which the first of this one will replace; '
               'to go on with that one: --init_from=resume', flush=True)
-    tensors = list(opt.params)
-    for moments in opt.state:
-        tensors += moments.values()
+    tensors = [p for group in opt.param_groups for p in group['params']]
+    for moments in opt.state_dict()['state'].values():  # of torch's optimizers empty before the first step
+        tensors += filter(torch.is_tensor, moments.values())
     check_disk(out_dir, sum(tensor.numel() * tensor.element_size() for tensor in tensors), keep_last)
     write_run_json(out_dir, **run_json)
     return lock
@@ -63,6 +70,17 @@ def check_disk(out_dir, size, keep_last):
                  f'make some, choose another --out_dir, or lower --keep_last={keep_last}')
 
 
+def check_writable(out_dir):
+    """Exit if nothing can be written to the folder or, if it does not exist yet, to where it would be created."""
+    folder = os.path.abspath(out_dir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        sys.exit(f'out_dir={out_dir}: cannot write there: {error.strerror}')
+
+
 def lock_run_folder(out_dir):
     """
     Create the folder, lock it until this process ends, and delete temporary files of killed runs. Return the lock.
@@ -71,8 +89,9 @@ def lock_run_folder(out_dir):
     lock = lock_folder(out_dir, f'out_dir={out_dir}', 'another run is writing there; '
                        'wait for its end or stop it, or choose another --out_dir')
     if lock:
-        for name in glob.glob(os.path.join(glob.escape(out_dir), '*.tmp[0-9]*')):
-            os.remove(name)
+        for name in os.listdir(out_dir):
+            if TEMPORARY.fullmatch(name):
+                os.remove(os.path.join(out_dir, name))
     return lock
 
 

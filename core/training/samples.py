@@ -7,14 +7,14 @@ import torch
 
 from core.files import atomic
 from core.inference.generation import continue_prompts
-from core.text.chat_template import answer_text, end_of_turn, render
+from core.text.chat_template import end_ids, render
 from core.text.dataset import read_document
 
 
 def show_batch(batch, tokenizer):
-    """Print the first row of a batch (X, Y, ...), (rows, T) each, with the targets between ⟦ and ⟧."""
+    """Print the first row of a batch (X, Y, ...), (rows, T) each, with the targets between ⟦ and ⟧, without padding."""
     X, Y = batch[:2]
-    tokens = X[0].tolist()
+    tokens = X[0, :length_without_padding(*(x[0] for x in batch[:3]))].tolist()
     is_learned = [False, *(Y[0] >= 0).tolist()]  # the target at a position is the token after it
     parts = []
     begin = 0
@@ -24,6 +24,17 @@ def show_batch(batch, tokenizer):
             parts.append(f'⟦{text}⟧' if is_learned[begin] else text)
             begin = i
     print('a row of the first batch; what is learned stands between ⟦ and ⟧:\n' + ''.join(parts), flush=True)
+
+
+def length_without_padding(X, Y, document=None):
+    """Return the length of a row (T,). Padding is one token, again and again, that has no target."""
+    is_padding = (X == X[-1]) & (Y < 0)
+    length = len(X) - int(is_padding.flip(0).cumprod(0).sum())
+    if length == len(X):
+        return length
+    if document is not None and document[length] != document[length - 1]:  # padding of pack(): a document of its own
+        return length
+    return length + 1  # windows() repeats the last token of the text
 
 
 def encode_prompts(prompts, data, env):
@@ -76,19 +87,17 @@ def show_samples(model, data, prompts, max_new_tokens, step, out_dir, env):
     """
     model.eval()
     with env.ctx():
-        end_ids = [end_of_turn(data.tokenizer)] if data.kind else []  # a text is continued for all max_new_tokens
         prompt_ids = [ids for _, ids in prompts]
         *_, rows = continue_prompts(model, data.tokenizer, prompt_ids, max_new_tokens, seeds=range(len(prompts)),
-                                    end_ids=end_ids, temperature=0.8, top_k=200)
+                                    end_ids=end_ids(data.tokenizer), temperature=0.8, top_k=200)
     model.train()
 
     path = os.path.join(out_dir, 'samples.jsonl')
     samples = read_samples(path, step)
     for (prompt, _), row in zip(prompts, rows):
-        text = answer_text(data.tokenizer, row.ids) if data.kind else data.tokenizer.decode(row.ids)
         separator = '\n' if data.kind else ''
-        print(f'sample at step {step}: {prompt}{separator}{text}', flush=True)
-        samples.append({'step': step, 'prompt': prompt, 'text': text})
+        print(f'sample at step {step}: {prompt}{separator}{row.text()}', flush=True)
+        samples.append({'step': step, 'prompt': prompt, 'text': row.text()})
     try:
         with atomic(path, 'w') as f:
             f.writelines(json.dumps(sample, ensure_ascii=False) + '\n' for sample in samples)

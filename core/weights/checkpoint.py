@@ -243,7 +243,12 @@ def source_tokenizer(source):
 
 
 def describe(model):
-    """Return for example '0.80M parameters (4 layers, 4 heads, 128 wide, context 64)'."""
+    """
+    Return for example '804,096 parameters, 0.80M as nanoGPT counts (4 layers, 4 heads, 128 wide, context 64)'.
+    The first number counts all, as transformers does; nanoGPT's get_num_params() leaves out learned positions.
+    """
     c = model.config
-    return (f'{model.num_params() / 1e6:.2f}M parameters '
+    count = model.num_params()
+    as_nanogpt = '' if c.rope_theta else f', {(count - c.block_size * c.n_embd) / 1e6:.2f}M as nanoGPT counts'
+    return (f'{count:,} parameters{as_nanogpt} '
             f'({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size})')
