@@ -7,6 +7,8 @@ Evaluate a model: its loss on a text, also in bits per byte, and its answers to 
     python evaluate.py --init_from=gpt2 --tasks=hellaswag_val.jsonl                # HellaSwag's format
     python evaluate.py --init_from=gpt2 --lm_eval=piqa,arc_easy                    # tasks of lm-evaluation-harness
 """
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 import math
 import os
 import re

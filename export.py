@@ -8,6 +8,8 @@ Ollama. The last line that it prints is the command that uses the result.
     python export.py --out_dir=out-poems-dpo --format=ollama --quant=q8_0 --to=stone-ollama
     python export.py --out_dir=out-lora --merge=True            # merged; without --merge the adapters alone, for peft
 """
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 import math
 import os
 import re

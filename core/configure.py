@@ -10,6 +10,7 @@ import tokenize
 import types
 from collections import namedtuple
 
+from core import startup
 from core.files import ROOT, find
 
 EXPECTED = {bool: 'True or False', int: 'an int', float: 'a float', str: 'text'}
@@ -94,6 +95,7 @@ class Refused(Exception):
 
 def configure(script):
     """Set the globals `script` from sys.argv. Exits if an argument or a config file is wrong, and after --help."""
+    startup.end_imports()
     use_utf8()
     for module in configured:
         reset(module)

@@ -48,7 +48,7 @@ def toy(tmp_path_factory):
     (folder / 'objectives').mkdir()
     (folder / 'config').mkdir()
     shutil.copy(ROOT / 'configurator.py', folder)
-    for name in 'files.py', 'configure.py':
+    for name in 'files.py', 'configure.py', 'startup.py':
         shutil.copy(ROOT / 'core' / name, folder / 'core')
     (folder / 'toy.py').write_text(SCRIPT)
     (folder / 'objectives' / 'plain.py').write_text('SECRET = [1]\n')
