@@ -19,6 +19,8 @@ Benchmarks: the speed of training steps in any configuration, and the figures of
 benchmarks/<name>.py says what is measured and what the printed rows mean. Arguments that are not settings of this
 script go to train.py. A step is one micro-batch unless --gradient_accumulation_steps is given.
 """
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 import os
 import re
 import sys

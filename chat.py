@@ -6,6 +6,8 @@ Chat with an instruction-tuned model: in the terminal, for one prompt, or over H
     python chat.py --out_dir=out-poems-sft --rate=pairs.jsonl
     python chat.py --out_dir=out-poems-sft --serve
 """
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 import contextlib
 import importlib.util
 import json

@@ -9,6 +9,8 @@ Evaluate a model: its loss on a text, also in bits per byte, and its answers to 
 
 Bytes and characters are those of the text as it is scored, with line feeds as newlines.
 """
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 import math
 import os
 import re

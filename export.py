@@ -4,10 +4,12 @@ Ollama. The last line that it prints is the command that uses the result.
 
     python export.py --out_dir=out-poems-dpo                    # writes exported/out-poems-dpo
     python export.py --out_dir=out-hongloumeng-qwen2 --format=hf --to=exported/stone
-    python export.py --out_dir=out-poems-dpo --format=gguf --quant=q8_0 --to=stone.gguf
+    python export.py --out_dir=out-poems-dpo --quant=q8_0 --to=stone.gguf    # the ending says the format, gguf
     python export.py --out_dir=out-poems-dpo --format=ollama --quant=q8_0 --to=stone-ollama
     python export.py --out_dir=out-lora --merge=True            # merged; without --merge the adapters alone, for peft
 """
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 import math
 import os
 import re
@@ -22,7 +24,7 @@ from core.files import atomic_folder
 from core.text.chat_template import can_chat
 from core.text.tokenizer import load_tokenizer
 from core.weights.checkpoint import describe, load_model, refuse_reward_model, source_tokenizer
-from core.weights.gguf import modelfile, write_gguf
+from core.weights.gguf import FILE_TYPES, modelfile, write_gguf
 from core.weights.huggingface import save_pretrained
 from core.weights.lora import save_adapter
 from core.weights.vocabulary import resize_vocabulary
@@ -32,9 +34,9 @@ init_from = 'resume'  # 'resume' (the run in out_dir), a checkpoint, a run's fol
 out_dir = 'out'  # the run to export, if init_from is 'resume'
 ckpt = ''  # a checkpoint file, instead of the one chosen in out_dir
 tokenizer = ''  # 'gpt2' or a tokenizer.json, for a model that comes without a tokenizer
-format = 'hf'  # 'hf': a Hugging Face folder; 'gguf': a file; 'ollama': a folder with that file and a Modelfile
+format = ''  # hf: a Hugging Face folder; gguf: a file; ollama: a folder for it; '': gguf if --to ends in .gguf, else hf
 to = ''  # the folder or file to write; '': exported/ and the name of the run
-quant = 'f32'  # of the weights: f32, f16 or bf16; for gguf and ollama also q8_0 (8.5 bits a weight) or q4_0 (4.5)
+quant = 'f32'  # of the weights: f32, f16, bf16; gguf and ollama also q8_0 (8.5 bits a weight), q5_1, q5_0, q4_1, q4_0
 merge = False  # a run with LoRA: add the adapters to the weights; False: format 'hf' has the adapters alone, for peft
 force = False  # replace an earlier export
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ config, config_given = {}, {}  # filled by the next line: every setting with its
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 DTYPES = {'f32': 'float32', 'f16': 'float16', 'bf16': 'bfloat16'}
-QUANTS = {'hf': [*DTYPES], 'gguf': [*DTYPES, 'q8_0', 'q4_0'], 'ollama': [*DTYPES, 'q8_0', 'q4_0']}
+QUANTS = {'hf': DTYPES, 'gguf': FILE_TYPES, 'ollama': FILE_TYPES}
 SUFFIXES = {'hf': '', 'gguf': '.gguf', 'ollama': '-ollama'}  # of the default target
 MARK = 'tags: [stonegpt]'  # in the README.md of a folder that this script has written
 OUR_FILES = re.compile(
@@ -53,9 +55,10 @@ OUR_FILES = re.compile(
 
 def target_path(name):
     """Return the path to write to. A link is followed, so that what it points to is replaced."""
-    path = os.path.join('exported', name + SUFFIXES[format])
-    if to:
-        path = os.path.normpath(os.path.expanduser(to))
+    file = name + SUFFIXES[format]
+    path = os.path.normpath(os.path.expanduser(to)) if to else os.path.join('exported', file)
+    if format == 'gguf' and to.endswith('/'):
+        path = os.path.join(path, file)
     return os.path.realpath(path) if os.path.islink(path) else path
 
 
@@ -66,7 +69,9 @@ def check_target(target, origin, name):
     """
     if not os.path.lexists(target):
         return
-    if os.path.isdir(target):
+    if os.path.isdir(target) and format == 'gguf':
+        is_export, problem = False, f'this is a folder (in it: --to={to}/)'
+    elif os.path.isdir(target):
         is_export, problem = is_exported_folder(target, f'{name}.gguf')
     elif format == 'gguf':
         problem = 'this is no GGUF file'
@@ -93,7 +98,7 @@ def is_exported_folder(folder, gguf_name):
     if os.path.exists(card_path):
         with open(card_path, encoding='utf-8', errors='replace') as f:
             text = f.read(1000)
-    return format != 'gguf' and MARK in text, 'this folder was not written by export.py'
+    return MARK in text, 'this folder was not written by export.py'
 
 
 def fit_rows(model, tok, source):
@@ -184,10 +189,20 @@ def next_command(target, name, tok):
 
 
 # --- check the settings
+is_gguf_name = to.lower().endswith('.gguf')
+format = format or ('gguf' if is_gguf_name else 'hf')
+quant = quant.lower()  # llama.cpp's names are in capitals
 if format not in QUANTS:
     sys.exit(f'format={format}: expected hf, gguf or ollama')
+if format != 'gguf' and is_gguf_name:
+    sys.exit(f'to={to}: this is the name of a GGUF file, and format={format} writes a folder; '
+             'leave out --format, or give a name without .gguf')
+if re.fullmatch(r'i?q\d_(k|xx?s|s|m|nl)(_\w+)?', quant):
+    sys.exit(f"quant={quant}: llama.cpp's own tool writes this kind: export with --format=gguf --to=model.gguf, then "
+             f'llama-quantize model.gguf model-{quant}.gguf {quant}')
 if quant not in QUANTS[format]:
-    sys.exit(f'quant={quant}: expected {", ".join(QUANTS[format])} for format={format}')
+    hint = '; it is one of --format=gguf and ollama' if quant in FILE_TYPES else ''
+    sys.exit(f'quant={quant}: expected {", ".join(QUANTS[format])} for format={format}{hint}')
 given_name = out_dir if init_from == 'resume' else init_from
 origin = os.path.abspath(os.path.expanduser(ckpt or given_name))
 name = os.path.basename(os.path.dirname(origin) if origin.endswith('.pt') else origin)

@@ -9,6 +9,8 @@ Plot the curves of one or more runs, from their log.csv, to a picture.
 A run is its folder, its log.csv, or a file with the printed output of train.py or of nanoGPT's train.py.
 Needs matplotlib.
 """
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 import csv
 import difflib
 import math

@@ -6,6 +6,8 @@ Continue texts with a trained model.
     python sample.py --out_dir=out-hongloumeng-char --interactive
     python sample.py --init_from=gpt2-xl --dtype=int8 --start="The answer to life, the universe, and everything is"
 """
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 import json
 import os
 import sys

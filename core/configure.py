@@ -1,6 +1,5 @@
 """Settings of a script: its module globals, overridden by config files and by --key=value. configurator.py says how."""
 import ast
-import difflib
 import importlib
 import io
 import os
@@ -9,13 +8,16 @@ import tokenize
 import types
 from collections import namedtuple
 
-from core.files import ROOT, find, quoted
+from core import startup
+from core.files import ROOT, find
+from core.suggestions import known_name, meant_by_argument, meant_by_name
 
 EXPECTED = {bool: 'True or False', int: 'an int', float: 'a float', str: 'text'}
 Setting = namedtuple('Setting', 'default comment heading')  # heading: the comment line above it, or ''
-Override = namedtuple('Override', 'source key value')  # source: one of the next two (value is text), or a config file
-COMMAND_LINE = '--'
+Override = namedtuple('Override', 'source key value')  # source: one of the next three, or a config file
+COMMAND_LINE = '--'  # the value is text, or None
 POSITIONAL = ''  # an argument without -- that is no config file: the `input` of a script that has this setting
+ONE_DASH = '-'  # refused once all settings are known
 configured = set()  # the modules whose settings were set in this process
 
 
@@ -25,6 +27,7 @@ class Refused(Exception):
 
 def configure(script):
     """Set the globals `script` from sys.argv. Exits if an argument or a config file is wrong, and after --help."""
+    startup.end_imports()
     use_utf8()
     for module in configured:
         reset(module)
@@ -117,15 +120,16 @@ def read_arguments(script, own, arguments, verbose):
     while rest:
         argument = rest.pop(0)
         if argument.startswith('--'):
-            key, value = read_option(argument, rest, own)
+            key, value = read_option(argument[2:], rest, own)
             if accepted == 'all' and key not in own:
                 others.append(f'--{key}' if value is None else f'--{key}={value}')
                 continue
-            if value is None:
-                raise Refused(f'--{key} needs a value: --{key}=...')
             new = [Override(COMMAND_LINE, key, value)]
         elif accepted == 'all' or (accepted == 'positional' and not argument.startswith('-')):
             others.append(argument)
+            continue
+        elif argument.startswith('-'):
+            overrides.append(Override(ONE_DASH, *read_option(argument[1:], rest, own)))
             continue
         elif is_data(argument):
             new = [Override(POSITIONAL, 'input', argument)]
@@ -141,41 +145,20 @@ def read_arguments(script, own, arguments, verbose):
 
 
 def read_option(argument, rest, own):
-    """Return key and value of `--key=value`, `--key value` (taken from `rest`) or `--key` (a bool, else None)."""
-    key, equals, value = argument[2:].partition('=')
+    """Return key and value of `key=value`, `key value` (taken from `rest`) or `key` (of a bool True, else None)."""
+    key, equals, value = argument.partition('=')
     if equals:
         return key, value
     is_bool = key in own and type(own[key].default) is bool
     if is_bool and (not rest or rest[0].title() not in ('True', 'False')):
         return key, 'True'
-    return key, rest.pop(0) if rest else None
+    return key, rest.pop(0) if rest and not rest[0].startswith('--') else None
 
 
 def is_data(argument):
     """Return whether an argument without -- is no config file (which ends in .py) and no setting without its dashes."""
-    is_setting = argument.startswith('-') or ('=' in argument and not os.path.exists(find(argument)))
+    is_setting = '=' in argument and not os.path.exists(find(argument))
     return not argument.endswith('.py') and not is_setting
-
-
-def explain_positional(argument, settings):
-    """Return what an argument without -- may have been meant for, in a script without the setting `input`."""
-    name = quoted(argument)
-    is_dataset = any(os.path.isdir(find(folder)) for folder in (argument, os.path.join('data', argument)))
-    meant = ''
-    if os.path.isfile(find(f'{argument}.py')):
-        meant = f'{argument}.py'
-    elif argument.endswith('.pt') and 'ckpt' in settings:
-        meant = f'--ckpt={name}'
-    elif is_dataset and 'dataset' in settings:
-        meant = f'--dataset={name}'
-    elif os.path.exists(find(argument)) and 'dataset' in settings:
-        meant = f'python data/any_text/prepare.py {name}, which makes a dataset of a text, and then --dataset=...'
-    elif 'data' in settings:
-        meant = f'--data={name}'
-    elif os.path.isfile(find(argument)) and 'start' in settings:
-        meant = f'--start=FILE:{name}'
-    hint = f'; did you mean {meant}?' if meant else ''
-    return f'{argument}: taken for a config file, but those end in .py{hint}'
 
 
 def read_config_file(script, name):
@@ -199,13 +182,15 @@ def read_config_file(script, name):
 
 
 def describe(override):
-    source = COMMAND_LINE if override.source == COMMAND_LINE else f'{override.source}: '
+    source = override.source if override.source in (COMMAND_LINE, ONE_DASH) else f'{override.source}: '
     return f'{source}{override.key}'
 
 
 def convert(override, setting):
     """Return the override's value in the type of the setting's default."""
     kind, value = type(setting.default), override.value
+    if value is None and override.source == COMMAND_LINE:
+        raise Refused(f'--{override.key} needs a value: --{override.key}=...')
     if override.source == COMMAND_LINE and kind is not str:
         try:
             value = ast.literal_eval(value.title() if kind is bool else value)
@@ -224,7 +209,9 @@ def check_inputs(script, settings, overrides):
     """Exit if arguments without -- are not the input of this script, or are several where it takes one."""
     positional = [override.value for override in overrides if override.source == POSITIONAL]
     if positional and 'input' not in settings:
-        raise Refused(explain_positional(positional[0], settings))
+        meant = meant_by_argument(positional[0], settings)
+        hint = f'; did you mean {meant}?' if meant else ''
+        raise Refused(f'{positional[0]}: taken for a config file, but those end in .py{hint}')
     inputs = [override.value for override in overrides if override.source in (COMMAND_LINE, POSITIONAL)
               and override.key == 'input']
     if positional and len(inputs) > 1 and not script.get('SEVERAL_INPUTS'):
@@ -235,10 +222,16 @@ def apply_overrides(name, settings, overrides, verbose):
     """Return {setting: value}."""
     values = {key: setting.default for key, setting in settings.items()}
     for override in overrides:
-        if override.key not in settings:
-            near = difflib.get_close_matches(override.key, settings, 1)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            raise Refused(f'{describe(override)}: no such setting{hint} (python {name} --help lists them)')
+        if override.key not in settings or override.source == ONE_DASH:
+            if override.source not in (COMMAND_LINE, ONE_DASH):
+                meant = known_name(override.key, settings)
+            elif str(override.value).endswith('.py'):  # --config=own.py
+                meant = f'{override.value} without {describe(override)}'
+            else:
+                meant = meant_by_name(override.key, override.value, settings)
+            hint = f'; did you mean {meant}?' if meant else ''
+            problem = 'settings have two dashes' if override.source == ONE_DASH else 'no such setting'
+            raise Refused(f'{describe(override)}: {problem}{hint} (python {name} --help lists them)')
         values[override.key] = convert(override, settings[override.key])
         if verbose and override.source in (COMMAND_LINE, POSITIONAL):
             print(f'Overriding: {override.key} = {values[override.key]!r}')

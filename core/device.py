@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from core import startup
 from core.distributed import fresh_rendezvous
 
 # --- device, precision, process group, seed
@@ -351,8 +352,6 @@ def explain(error_type, error, traceback):
     """The excepthook. Print one line for errors that a user can solve, and the traceback for all others."""
     if issubclass(error_type, BrokenPipeError):  # the reader of a pipe has stopped, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout once more
-    elif issubclass(error_type, KeyboardInterrupt):
-        print('interrupted', file=sys.stderr)  # Python then exits with 130
     elif is_out_of_memory(error_type, error):
         print('out of memory: lower --batch_size (or, sampling, --num_samples; training, raise '
               '--gradient_accumulation_steps as much, for the same total batch), --block_size, or the size of the '
@@ -365,7 +364,7 @@ def explain(error_type, error, traceback):
               'It was killed, or says itself why it ended. torchrun --max-restarts=3 starts all of them again, '
               'and they go on from the last checkpoint', file=sys.stderr)
     else:
-        sys.__excepthook__(error_type, error, traceback)
+        startup.explain(error_type, error, traceback)
 
 
 def is_out_of_memory(error_type, error):

@@ -13,7 +13,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY, run_script
 
-from core import configure
+from core import configure, suggestions
 
 SCRIPT = '''"""
 A toy.
@@ -48,7 +48,7 @@ def toy(tmp_path_factory):
     (folder / 'objectives').mkdir()
     (folder / 'config').mkdir()
     shutil.copy(ROOT / 'configurator.py', folder)
-    for name in 'files.py', 'configure.py':
+    for name in 'files.py', 'configure.py', 'startup.py', 'suggestions.py':
         shutil.copy(ROOT / 'core' / name, folder / 'core')
     (folder / 'toy.py').write_text(SCRIPT)
     (folder / 'objectives' / 'plain.py').write_text('SECRET = [1]\n')
@@ -114,7 +114,14 @@ def test_values(run, args, expected):
 
 
 @pytest.mark.parametrize('args, names', [
-    (['--step=1'], ['step:', 'did you mean steps?']),
+    (['--step=1'], ['step:', 'did you mean --steps=1?']),
+    (['--Out-Dir=a'], ['Out-Dir:', 'did you mean --out_dir=a?']),
+    (['--note', '--steps=1'], ['--note needs a value']),
+    (['--stepp', '--note=1'], ['stepp:', 'did you mean --steps=...?']),
+    (['--no_verbose'], ['did you mean --verbose=False?']),
+    (['--verbos'], ['did you mean --verbose?']),
+    (['--nota=a b'], ["did you mean --note='a b'?"]),
+    (['--config=config/small.py'], ['did you mean config/small.py without --config?']),
     (['--zzz=1'], ['zzz', '--help']),
     (['--_hidden=2'], ['_hidden']),
     (['--config=2'], ['config']),
@@ -127,7 +134,9 @@ def test_values(run, args, expected):
     (['--verbose=maybe'], ["verbose='maybe'", 'True or False']),
     (['--steps'], ['--steps', 'needs a value']),
     (['steps=3'], ['steps=3', 'did you mean --steps=3?']),
-    (['-steps=3'], ['-steps=3', 'did you mean --steps=3?']),
+    (['-steps=3'], ['-steps: ', 'two dashes', 'did you mean --steps=3?']),
+    (['-o', 'a'], ['-o: ', 'did you mean --out_dir=a?']),
+    (['-v'], ['-v: ', 'two dashes']),
     (['config/big.py'], ['config/big.py', 'no config file']),
     (['--objective=nothing'], ['nothing', 'objectives/nothing.py']),
     (['--beta=1'], ['beta']),
@@ -159,7 +168,70 @@ def test_data_without_dashes(tmp_path, script, argument, says):
     assert not (tmp_path / 'executed').exists()
 
 
+@pytest.mark.parametrize('script, given, meant', [
+    ('train.py', ['--lr=3e-4'], '--learning_rate=3e-4'),
+    ('train.py', ['--num_train_epochs', '3'], '--epochs=3'),
+    ('train.py', ['--bs=8'], '--batch_size=8'),
+    ('train.py', ['--per_device_train_batch_size=8'], '--batch_size=8'),
+    ('train.py', ['--gradient_accumulation=4'], '--gradient_accumulation_steps=4'),
+    ('train.py', ['--max_steps=1000'], '--max_iters=1000'),
+    ('train.py', ['--context_length=64'], '--block_size=64'),
+    ('train.py', ['--max_length=64'], '--block_size=64'),
+    ('train.py', ['--hidden_size=128'], '--n_embd=128'),
+    ('train.py', ['--num_layers=4'], '--n_layer=4'),
+    ('train.py', ['--num_heads=4'], '--n_head=4'),
+    ('train.py', ['--output_dir=out-x'], '--out_dir=out-x'),
+    ('train.py', ['--model=gpt2'], '--init_from=gpt2'),
+    ('train.py', ['--resume', '--lr=1'], '--init_from=resume'),
+    ('train.py', ['--bf16'], '--dtype=bfloat16'),
+    ('train.py', ['--lora_r=8'], '--lora_rank=8'),
+    ('train.py', ['--no-compile'], '--compile=False'),
+    ('sample.py', ['--prompt', 'To be'], "--start='To be'"),
+    ('sample.py', ['-p', 'To be'], "--start='To be'"),
+    ('sample.py', ['--checkpoint=out-x/ckpt.pt'], '--init_from=out-x/ckpt.pt'),
+    ('sample.py', ['--temp=1'], '--temperature=1'),
+    ('sample.py', ['--max_tokens=9'], '--max_new_tokens=9'),
+    ('sample.py', ['--max_length=9'], '--max_new_tokens=9'),
+    ('sample.py', ['--file=a.txt'], '--prompts=a.txt'),
+    ('sample.py', ['--tokenizer_path=gpt2'], '--tokenizer=gpt2'),
+    ('chat.py', ['-m', 'out-x'], '--init_from=out-x'),
+    ('chat.py', ['--text=Hello'], '--prompt=Hello'),
+    ('evaluate.py', ['--text=my.txt'], '--data=my.txt'),
+    ('export.py', ['--output_dir=x'], '--to=x'),
+    ('export.py', ['--outtype=q8_0'], '--quant=q8_0'),
+    ('plot.py', ['-o', 'x.png'], '--out=x.png'),
+    ('data/any_text/prepare.py', ['--file=my.txt'], '--input=my.txt'),
+    ('data/any_text/prepare.py', ['-i', 'my.txt'], '--input=my.txt'),
+    ('data/chat/prepare.py', ['--max_length=64'], '--max_tokens=64'),
+])
+def test_names_from_elsewhere(script, given, meant):
+    """The names that other programs give to our settings lead to ours, ready to paste."""
+    result = run_script(script, *given)
+    assert result.code == 1 and result.err.count('\n') == 1, result.err
+    assert f'did you mean {meant}?' in result.err
+
+
+def test_every_suggestion_exists():
+    """Each setting that FOREIGN_NAMES suggests is one of some script."""
+    helps = [run_script(script, '--help').out for script in (
+        'train.py', 'sample.py', 'chat.py', 'evaluate.py', 'export.py', 'plot.py', *PREPARE)]
+    ours = {key.partition('=')[0] for key in suggestions.FOREIGN_NAMES}
+    assert ours <= set(re.findall(r'^  --(\w+)=', '\n'.join(helps), flags=re.M))
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'chat.py'])
+@pytest.mark.parametrize('file, key', suggestions.RUN_FILES.items())
+def test_a_run_given_alone(tmp_path, script, file, key):
+    """The folder of a run or of a Hugging Face model without the setting's name."""
+    (tmp_path / 'out-x').mkdir()
+    (tmp_path / 'out-x' / file).touch()
+    result = run_script(script, 'out-x', cwd=tmp_path)
+    assert result.code == 1 and result.err.count('\n') == 1, result.err
+    assert f'did you mean --{key}=out-x?' in result.err
+
+
 @pytest.mark.parametrize('text, names', [
+    ('output_dir = "a"', ['own.py: output_dir', 'did you mean out_dir?']),
     ('stepps = 3', ['own.py', 'stepps', 'did you mean steps?']),
     ('steps = "3"', ['own.py', "steps='3'", 'an int']),
     ('rate = None', ['own.py', 'rate=None', 'a float']),
@@ -229,7 +301,7 @@ def test_objective_settings(run, tmp_path, args):
 
 def test_objective_settings_refused(run):
     """They are checked like all others."""
-    assert 'did you mean beta?' in refusal(run('--objective=fancy', '--betta=3'))
+    assert 'did you mean --beta=3?' in refusal(run('--objective=fancy', '--betta=3'))
     assert "beta='x': expected a float" in refusal(run('--objective=fancy', '--beta=x'))
 
 
@@ -322,7 +394,7 @@ def test_settings_of_a_module(toy, tmp_path, naming):
     assert used(call()) == [5, 'odd', [5, 'odd'], {'kind': 'odd', 'size': 5}, []]
     assert used(call('--size=7', '--kind=new')) == [7, 'new', [7, 'new'], {'kind': 'new', 'size': 7}, ['kind', 'size']]
     assert "size='big'" in refusal(call('--size=big'))
-    assert 'did you mean size' in refusal(call('--siz=1'))
+    assert 'did you mean --size=1?' in refusal(call('--siz=1'))
     helped = call('--help').stdout
     assert "--kind='odd'" in helped and '--size=5' in helped and 'how large' in helped
     assert helped.count('--kind') == 1

@@ -250,6 +250,17 @@ def test_what_is_not_replaced(to, form, tiny_run, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
 
 
+def test_format_from_the_name(tiny_run, tmp_path):
+    """Without --format the ending of --to decides. With --format=gguf, a name that ends in / is the file's folder."""
+    pytest.importorskip('gguf')
+    assert 'llama-cli -m' in exported(f'--out_dir={tiny_run}', f'--to={tmp_path / "model.gguf"}', '--quant=q8_0')
+    exported(f'--out_dir={tiny_run}', f'--to={tmp_path / "folder"}/', '--format=gguf', '--quant=Q5_1')
+    files = [tmp_path / 'model.gguf', tmp_path / 'folder' / f'{tiny_run.name}.gguf']
+    assert [path.read_bytes()[:4] for path in files] == [b'GGUF', b'GGUF']
+    exported(f'--out_dir={tiny_run}', f'--to={tmp_path / "model"}')
+    assert (tmp_path / 'model' / 'config.json').exists()
+
+
 def test_a_link_stays_a_link(tiny_run, tmp_path):
     """What it points to is replaced."""
     pytest.importorskip('gguf')
@@ -294,7 +305,12 @@ def test_a_full_disk(form, tiny_run, tmp_path):
 @pytest.mark.parametrize('args, names', [
     (['--format=onnx'], ['format=onnx', 'hf', 'gguf', 'ollama']),
     (['--quant=q4_0'], ['quant=q4_0', 'f32, f16, bf16', 'hf']),
+    (['--quant=q8_0'], ['quant=q8_0', '--format=gguf']),
     (['--quant=q3', '--format=gguf'], ['quant=q3', 'q8_0']),
+    (['--quant=q4_k_m', '--format=gguf'], ['quant=q4_k_m', 'llama-quantize model.gguf model-q4_k_m.gguf q4_k_m']),
+    (['--quant=Q6_K'], ['llama-quantize model.gguf model-q6_k.gguf q6_k']),
+    (['--format=hf', '--to=model.gguf'], ['to=model.gguf', 'format=hf', 'leave out --format']),
+    (['--format=ollama', '--to=model.GGUF'], ['to=model.GGUF', 'format=ollama']),
     (['--ckpt=nowhere.pt'], ['nowhere.pt']),
 ])
 def test_bad_arguments(args, names, tiny_run, tmp_path):

@@ -25,7 +25,7 @@ from core.text.tokenizer import (
     qwen2_tokenizer,
     train_bpe,
 )
-from core.weights.gguf import LLAMA3_SPLIT, modelfile, write_gguf
+from core.weights.gguf import FILE_TYPES, LLAMA3_SPLIT, modelfile, write_gguf
 from model import GPT, GPTConfig
 
 gguf = pytest.importorskip('gguf')
@@ -43,6 +43,9 @@ NETWORKS = {
 }
 DOWNLOADED = [pytest.mark.slow, pytest.mark.network]
 TOKENIZERS = ['char', 'bbpe', *(pytest.param(name, marks=DOWNLOADED) for name in ('gpt2', 'pruned qwen2', 'qwen2'))]
+
+
+QUANTS = list(FILE_TYPES)
 
 
 class Connection(http.client.HTTPConnection):
@@ -272,7 +275,7 @@ def test_perplexity(tmp_path, style):
     windows = [data[i:i + 64].tolist() for i in range(0, len(data) - 64, len(data) // 10)]
     here = np.mean([our_losses(model, ids) for ids in windows])
     measured, sizes = {}, {}
-    for quant in ('f32', 'f16', 'bf16', 'q8_0', 'q4_0'):
+    for quant in QUANTS:
         path = tmp_path / f'{quant}.gguf'
         llama = opened(path, model, tok, quant)
         measured[quant] = np.mean([llama.losses(ids) for ids in windows])
@@ -280,16 +283,16 @@ def test_perplexity(tmp_path, style):
     more = {quant: np.expm1(loss - measured['f32']) for quant, loss in measured.items()}  # of the perplexity
     assert here < 5 and abs(np.expm1(here - measured['f32'])) < 1e-3, (here, measured)
     assert abs(more['f16']) < 1e-3 and abs(more['bf16']) < 3e-3, more
-    assert abs(more['q8_0']) < 0.005 and -0.02 < more['q4_0'] < 0.1, more
-    assert sizes['q4_0'] < sizes['q8_0'] < sizes['f16'] == sizes['bf16'] < sizes['f32'], sizes
-
-
-QUANTS = ['f32', 'f16', 'bf16', 'q8_0', 'q4_0']
+    assert abs(more['q8_0']) < 0.005, more
+    assert all(-0.02 < more[quant] < 0.1 for quant in QUANTS if quant.startswith(('q4', 'q5'))), more
+    assert sizes['f32'] > sizes['f16'] == sizes['bf16']
+    quantised = [sizes[quant] for quant in ('f16', 'q8_0', 'q5_1', 'q5_0', 'q4_1', 'q4_0')]
+    assert sorted(set(quantised), reverse=True) == quantised
 
 
 @pytest.mark.parametrize('quant', QUANTS)
 def test_types(tmp_path, capsys, quant):
-    """The type of every tensor. Vectors and positions are F32; with q4_0 embedding and head are Q8_0."""
+    """The type of every tensor. Vectors and positions are F32; with 4 and 5 bits embedding and head are Q8_0."""
     tok = a_tokenizer('char')
     write_gguf(tmp_path / 'x.gguf', network(tok, **NETWORKS['gpt2, untied']), tok, quant, 'x')
     assert not capsys.readouterr().out
@@ -298,7 +301,7 @@ def test_types(tmp_path, capsys, quant):
         expected = quant.upper()
         if len(tensor.shape) == 1 or 'position' in tensor.name:
             expected = 'F32'
-        elif quant == 'q4_0' and tensor.name in ('token_embd.weight', 'output.weight'):
+        elif quant.startswith('q') and tensor.name in ('token_embd.weight', 'output.weight'):
             expected = 'Q8_0'
         assert tensor.tensor_type.name == expected, tensor.name
     file_type = gguf.LlamaFileType(int(reader.fields['general.file_type'].parts[-1][0]))
@@ -317,7 +320,8 @@ def test_rows_that_cannot_be_quantised(tmp_path, capsys, quant):
         assert out.count('\n') == 1 and 'blk.0.ffn_down.weight and 1 more will be in f16' in out
     else:
         assert not out
-    assert llama.losses(ids) == pytest.approx(our_losses(model, ids), abs=2.0 if quant == 'q4_0' else 0.2)
+    tolerance = 2.0 if quant.startswith(('q4', 'q5')) else 0.2
+    assert llama.losses(ids) == pytest.approx(our_losses(model, ids), abs=tolerance)
 
 
 @pytest.mark.parametrize('tokenizer', TOKENIZERS)

@@ -9,7 +9,7 @@ from conftest import ROOT
 LAYERS = [  # from the bottom up: a file imports only from its own layer or from lower ones
     r'kernels\.py',
     r'model\.py',
-    r'core/(__init__|files|configure|distributed|device)\.py',
+    r'core/(__init__|files|startup|suggestions|configure|distributed|device)\.py',
     r'core/(text/.*|prepare|tokenizer)\.py',  # core/prepare.py and core/tokenizer.py re-export files of core/text
     r'core/(weights|inference)/.*\.py',
     r'core/training/.*\.py',
@@ -81,7 +81,7 @@ def test_nothing_imports_a_script(name):
 @pytest.mark.parametrize('name', [name for name in SOURCES if re.fullmatch(r'data/[^/]+/prepare\.py', name)])
 def test_prepare_scripts(name):
     """They need the text part and the paths only."""
-    allowed = re.compile(r'core/(text/.*|files|__init__)\.py')
+    allowed = re.compile(r'core/(text/.*|files|startup|__init__)\.py')
     assert all(allowed.fullmatch(other) for other in IMPORTS[name])
 
 

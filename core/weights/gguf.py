@@ -14,7 +14,8 @@ from core.text.chat_template import JINJA, can_chat, end_of_turn
 from core.text.tokenizer import BYTE_OF, EOT, GPT2_SPLIT, QWEN2_SPLIT
 from core.weights.huggingface import architecture_of, split_name, stacked_rows
 
-FILE_TYPES = {'f32': 0, 'f16': 1, 'q4_0': 2, 'q8_0': 7, 'bf16': 32}  # numbers of general.file_type
+# numbers of general.file_type; the package gguf writes none of llama.cpp's other kinds (q4_k_m, ...)
+FILE_TYPES = {'f32': 0, 'f16': 1, 'bf16': 32, 'q8_0': 7, 'q5_1': 9, 'q5_0': 8, 'q4_1': 3, 'q4_0': 2}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # numbers of tokenizer.ggml.token_type
 
 # our layer: its names in llama.cpp, several where our matrix is a stack of theirs
@@ -75,15 +76,15 @@ def tensor_type(name, shape, quant):
     """
     Return the GGML type in which to write a tensor.
 
-    Vectors and positions, which are few, stay F32. Q8_0 and Q4_0 have one factor for every block of 32 numbers, so a
-    matrix whose rows are no multiple of 32 becomes F16. With Q4_0 embedding and head are Q8_0: three fifths of its
-    cost came from them (docs/RECORDS.md).
+    Vectors and positions, which are few, stay F32. The quantised types have one factor for every block of 32 numbers,
+    so a matrix whose rows are no multiple of 32 becomes F16. With 4 and 5 bits, embedding and head are Q8_0: three
+    fifths of the cost of Q4_0 came from them (docs/RECORDS.md).
     """
     if len(shape) == 1 or name == 'position_embd.weight':
         return 'F32'
-    if quant in ('q8_0', 'q4_0') and shape[1] % 32:
+    if quant.startswith('q') and shape[1] % 32:
         return 'F16'
-    if quant == 'q4_0' and name in ('token_embd.weight', 'output.weight'):
+    if quant.startswith('q') and name in ('token_embd.weight', 'output.weight'):
         return 'Q8_0'
     return quant.upper()
 

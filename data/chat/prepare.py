@@ -11,6 +11,8 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository: for core/
 
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 from core.files import dataset_folder, quoted
 from core.text.conversations import divide, prompt_of, read, write_folders
 from core.text.tokenizer import load_tokenizer

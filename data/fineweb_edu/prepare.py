@@ -8,6 +8,8 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository
 
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 from core.text.download import hub_files
 from core.text.prepare import prepare
 

@@ -9,6 +9,8 @@ import sys
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository
 sys.path.append(os.path.join(sys.path[0], 'data', 'classics_bbpe'))  # the text comes from there
 
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 from classics import novel
 
 from core.text.prepare import LAPTOP, prepare

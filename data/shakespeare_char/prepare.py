@@ -7,6 +7,8 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository
 
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 from from_wheel import tinyshakespeare
 
 from core.text.prepare import prepare

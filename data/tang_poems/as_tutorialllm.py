@@ -9,14 +9,17 @@ data/tang_poems/tutorialllm; run prepare.py before.
 import os
 import sys
 
-import numpy as np
-
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository: for core/
 
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
+import numpy as np
 from poems import hold_out, read_poems, split, text_of
 
 from core.text.conversations import build_folder, write_folder
 from core.text.tokenizer import EOT, add_specials, load_tokenizer
+
+exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read())
 
 LABELS = '<INSPRE>'  # the letters of <INS>, <INP> and <RES>, a token each; no poem has them
 folder = os.path.dirname(os.path.abspath(__file__))

@@ -10,6 +10,8 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository: for core/
 
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 import numpy as np
 from poems import five_characters, messages_of, well_formed
 

@@ -14,6 +14,8 @@ import sys
 
 sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), '..', '..')))  # the repository: for core/
 
+import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
+
 from poems import five_characters, hold_out, messages_of, read_poems, split, text_of
 
 from core.files import atomic, find, locked_dataset

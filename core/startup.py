@@ -1,0 +1,55 @@
+"""
+Every script imports this before all else. It exits with one line if Python is too old, if packages are missing, or if
+Ctrl-C interrupts the imports. Python 3.8 can read this file, and the scripts.
+"""
+import os
+import re
+import signal
+import sys
+
+from core.files import ROOT
+
+INSTALL = '{python} -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt -c constraints.txt'
+
+
+def explain(error_type, error, traceback):
+    """The excepthook. Print one line for Ctrl-C and for packages that are not installed, and else the traceback."""
+    if issubclass(error_type, KeyboardInterrupt):
+        print('interrupted', file=sys.stderr)  # Python then exits with 130
+    elif issubclass(error_type, ModuleNotFoundError) and error.name in required_modules():
+        print(f'the package {error.name} is not installed for {sys.executable}; {how_to_get_it()}', file=sys.stderr)
+    else:
+        sys.__excepthook__(error_type, error, traceback)
+
+
+def required_modules():
+    with open(os.path.join(ROOT, 'requirements.txt'), encoding='utf-8') as f:
+        return [name.replace('-', '_') for name in re.findall(r'^[\w-]+', f.read(), re.MULTILINE)]
+
+
+def how_to_get_it():
+    environment = os.path.join(ROOT, '.venv')
+    if os.path.exists(environment) and not os.path.samefile(environment, sys.prefix):
+        activate = os.path.join(environment, 'Scripts' if os.name == 'nt' else 'bin', 'activate')
+        return f'activate the environment that has the packages: . {activate}'
+    return f'install the packages: {INSTALL.format(python="python3")} (or: make demo)'
+
+
+def interrupt_import(number, frame):
+    """Exit at once: some packages swallow a KeyboardInterrupt that is raised while they are imported."""
+    os.write(2, b'interrupted\n')  # print is not safe in a handler
+    os._exit(130)
+
+
+def end_imports():
+    """Let Ctrl-C raise KeyboardInterrupt again, so that the script can save and clean up."""
+    if signal.getsignal(signal.SIGINT) is interrupt_import:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+if sys.version_info < (3, 10):
+    sys.exit(f'StoneGPT needs Python 3.10 or newer, and this is {sys.version.split()[0]}; take a newer one: '
+             f'{INSTALL.format(python="python3.12")} (or: make demo PYTHON=python3.12)')
+sys.excepthook = explain
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores Ctrl-C
+    signal.signal(signal.SIGINT, interrupt_import)
