@@ -2,6 +2,8 @@
 The sampling loop: continue a batch of prompts token by token. Used by sample.py, chat.py, the server, the samples of a
 training run, GRPO and lm-evaluation-harness.
 """
+import math
+
 import numpy as np
 import torch
 
@@ -42,7 +44,7 @@ def continue_prompts(model, tokenizer, prompts, max_new_tokens, seeds, copies=1,
 
     def next_tokens(logits):  # (rows, V) -> (rows,)
         logits = model_logits = logits[:, :vocab_size]
-        if not logits.amax().isfinite():  # the largest of numbers with a NaN among them is NaN
+        if not math.isfinite(logits.sum().item()):  # one cheap operation: a single NaN or infinity makes the sum one
             raise FloatingPointError("the model's output is not finite: its weights are damaged or have diverged, or "
                                      'its dtype has too small a range (try --dtype=float32)')
         if seen is not None:
