@@ -2,7 +2,6 @@
 import datetime
 import hashlib
 import os
-import re
 import sys
 import time
 import uuid
@@ -63,60 +62,29 @@ def all_gather_like(part, other):
 
 
 def print_errors_once():
+    """From now on a rank other than 0 is slow to write to stderr; see PatientStderr."""
+    if os.environ.get('RANK', '0') != '0':
+        sys.stderr = PatientStderr(sys.stderr)
+
+
+class PatientStderr:
     """
-    From now on a line on stderr that several ranks of a torchrun print, such as an error in the settings, appears once:
-    rank 0 prints it, and another rank only if rank 0 does not within a few seconds. Needs no process group.
+    A stderr that waits for two seconds before it writes, and for six in all. An error that all ranks share, such as an
+    impossible setting, ends rank 0 at once; torchrun then kills the other ranks before they print it too.
     """
-    rank = int(os.environ.get('RANK', 0))
-    # without torchrun's store there is nothing through which the ranks could agree before they form a group
-    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' and int(os.environ['WORLD_SIZE']) > 1:
-        sys.stderr = SharedStderr(sys.stderr, rank)
 
-
-class SharedStderr:
-    """The stderr of a rank; see print_errors_once()."""
-
-    def __init__(self, stream, rank):
+    def __init__(self, stream):
         self.stream = stream
-        self.is_first = rank == 0
-        self.store = None
-        self.patience = 5.0  # seconds that lines of this rank wait for the same line of rank 0, all together
-        self.line = ''  # the line that is being written
+        self.patience = 6.0  # seconds
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def isatty(self):
-        return self.is_first and self.stream.isatty()  # no progress bars on other ranks
-
     def write(self, text):
-        if self.is_first:
-            self.stream.write(text)
-        *lines, self.line = (self.line + text).split('\n')
-        for line in lines:
-            if not self.is_on_rank_0(line) and not self.is_first:
-                self.stream.write(f'{line}\n')
-                self.stream.flush()
-        return len(text)
-
-    def is_on_rank_0(self, line):
-        """Rank 0 notes the line in torchrun's store. The others return whether it is noted there."""
-        line = re.sub(r'^\[rank\d+\]: ', '', line)  # torch's prefix of tracebacks
-        key = hashlib.sha256(f'{os.environ.get("TORCHELASTIC_RESTART_COUNT")} {line}'.encode()).hexdigest()
-        try:
-            self.store = self.store or next(dist.rendezvous('env://'))[0]
-            if self.is_first:
-                self.store.set(key, '')
-                return True
-            deadline = time.monotonic() + self.patience
-            while not self.store.check([key]):
-                self.patience = max(0.0, deadline - time.monotonic())
-                if not self.patience:
-                    return False
-                time.sleep(0.02)
-            return True
-        except RuntimeError:  # torchrun has ended
-            return False
+        seconds = min(2.0, self.patience)
+        self.patience -= seconds
+        time.sleep(seconds)
+        return self.stream.write(text)
 
 
 def fresh_rendezvous(rank, world_size):

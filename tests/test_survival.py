@@ -3,7 +3,6 @@ What a run survives: kills, lost processes, damaged and missing checkpoints, jum
 folder; and that it is the same run on any number of processes.
 """
 import gc
-import io
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from conftest import ROOT, TINY, digits_dataset, losses_of, make_dataset, run_sc
 from test_bad_input import cut, refuse
 
 from benchmarks.kills import kill_and_compare
-from core.distributed import SharedStderr
 from core.text.dataset import fingerprint, open_dataset, windows
 from core.weights.checkpoint import load_checkpoint, load_last
 from objectives import next_token
@@ -499,27 +497,6 @@ def test_an_error_of_all_ranks_is_printed_once(tiny_data):
     assert out.count('n_embd=32 is not divisible by n_head=3') == 1
     out = torchrun_bash(f'exec {sys.executable} {ROOT / "train.py"} {" ".join(args)} --n_head=$((2 + RANK))')
     assert out.count('n_embd=32 is not divisible by n_head=3') == 1  # of rank 1 alone
-
-
-def test_what_several_ranks_print_on_stderr(monkeypatch):
-    """A line appears once, but one that only rank 1 prints is not lost, nor what comes after torchrun has ended."""
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(torch.distributed, 'rendezvous', lambda url: iter([(store, 0, 2)]))
-    out = io.StringIO()
-    first, second = SharedStderr(out, 0), SharedStderr(out, 1)
-    second.patience = 0.1
-    print('n_head=3: too many', file=first)
-    print('n_head=3: too many', file=second)
-    print('[rank1]: Traceback\nonly here', file=second)
-    print('[rank0]: Traceback', file=first)
-    assert out.getvalue().splitlines() == ['n_head=3: too many', '[rank1]: Traceback', 'only here',
-                                           '[rank0]: Traceback']
-
-    def gone(url):
-        raise torch.distributed.DistNetworkError('connection refused')
-    monkeypatch.setattr(torch.distributed, 'rendezvous', gone)
-    print('the end', file=SharedStderr(out, 1))
-    assert out.getvalue().endswith('the end\n')
 
 
 def test_the_message_about_a_lost_process(capsys):
