@@ -90,6 +90,7 @@ optimizer = 'adamw'  # or 'muon': Muon for the matrices of the blocks and AdamW 
 learning_rate = 6e-4  # maximum learning rate
 muon_lr = 0.02  # maximum learning rate of the matrices that Muon updates
 max_iters = 600000  # steps in all; 0: evaluate and save; -1: see 20 tokens per parameter (Hoffmann et al. 2022)
+epochs = 0.0  # passes over the training data, instead of max_iters and lr_decay_iters; 0: those count
 weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # AdamW's, for the mean of the gradient
 beta2 = 0.95  # AdamW's, for its square; 0.99 where a step sees few tokens
@@ -113,7 +114,7 @@ EXTRA_SETTINGS = ('core.weights.lora',)  # modules whose settings are settings o
 config, config_given = {}, {}  # filled by the next line: all settings; those of the command line alone
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
-settings.check_settings(config)
+settings.check_settings(config, config_given)
 n_embd = n_embd or 64 * n_layer  # nanochat's rule: depth determines width, heads and learning rate
 n_head = n_head or max(1, n_embd // (head_size or 64))
 settings.check_heads(n_embd, n_head, n_kv_head, head_size, rope_theta, derived=config['n_head'] == 0)
@@ -178,10 +179,11 @@ width_factor = (768 / model.config.n_embd)**0.5 if config['n_embd'] == 0 else 1.
 learning_rate *= width_factor
 min_lr *= width_factor
 tokens_per_iter = total_rows * block_size
-if max_iters == -1:  # 20 tokens per parameter that multiplies: without lookup tables
-    max_iters = math.ceil(20 * model.num_params(lookups=False) / tokens_per_iter)
-if lr_decay_iters == -1:
-    lr_decay_iters = max_iters
+rows_in_epoch = data.splits['train'] / block_size
+if data.kind:  # documents, packed into rows
+    rows_in_epoch = len(objective_module.fixed(data, 'train', -1, block_size))
+max_iters, lr_decay_iters = settings.run_length(
+    config, config_given, model, tokens_per_iter, rows_in_epoch / total_rows)
 config.update({key: getattr(model.config, key) for key in settings.ARCHITECTURE})  # save the values that are used
 config.update(learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, lr_decay_iters=lr_decay_iters)
 
@@ -277,7 +279,6 @@ def state():
 
 
 # --- 8. the training loop
-rows_in_epoch = len(objective_module.fixed(data, 'train', -1, block_size)) if data.kind else None
 print(progress.describe_run(
     env, data, micro_steps, micro_rows, block_size, total_rows, max_iters if training else None, rows_in_epoch))
 if env.device_type == 'cpu' and training:

@@ -39,7 +39,7 @@ def start(model, data, env, config, saved):
         sys.exit(f'beta={beta}, label_smoothing={label_smoothing}: '
                  'expected beta above 0 and label_smoothing at least 0 and less than 0.5')
     path = reference or saved.get('reference') or config['init_from']
-    reference_model = load_reference(path, data, env, model)
+    reference_model = load_reference(path, data, env, model, quiet=path == config['init_from'])  # loaded before
     refuse_reward_model(reference_model, path)
     logps = saved.get('logps') if path == saved.get('reference') else None
     if not logps:

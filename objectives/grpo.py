@@ -50,7 +50,7 @@ def start(model, data, env, config, saved):
     check_settings(data, env, config)
     refuse_reward_model(model, config['init_from'])
     path = reference or saved.get('reference') or config['init_from']
-    reference_model = load_reference(path, data, env, model)
+    reference_model = load_reference(path, data, env, model, quiet=path == config['init_from'])  # loaded before
     judge = make_judge(data, env, config['block_size'])
     refuse_reward_model(reference_model, path)
     return SimpleNamespace(

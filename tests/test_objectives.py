@@ -293,6 +293,21 @@ def test_dpo_measures_the_last_answer(tmp_path):
     assert numbers[3].tolist() == [pytest.approx(total, rel=1e-4), count]
 
 
+@pytest.mark.parametrize('name', ['dpo', 'grpo'])
+def test_the_reference_is_announced_once(base, folder, tmp_path, name):
+    args = f'--out_dir={tmp_path}', '--max_iters=0', '--reference='
+    result = run_script(*stage(base, folder, name, *args))
+    assert result.code == 0, result.err
+    assert result.out.count('loaded ') == 1
+
+
+def test_epochs_of_conversations(base, folder, tmp_path):
+    args = [arg for arg in stage(base, folder, 'dpo', f'--out_dir={tmp_path}') if not arg.startswith('--max_iters')]
+    result = run_script(*args, '--epochs=2', '--batch_size=8')
+    assert result.code == 0, result.err
+    assert ' 8 steps see them 2.06 times' in result.out  # 31 pairs
+
+
 def test_advantages_have_zero_mean_in_each_group():
     rewards = torch.tensor(np.random.default_rng(0).normal(3, 2, (7, 5)))
     advantage = grpo.advantages(rewards)

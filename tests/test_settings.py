@@ -10,6 +10,7 @@ from core.training.settings import (
     check_heads,
     check_settings,
     describe_changes,
+    run_length,
     split_rows,
 )
 
@@ -20,7 +21,7 @@ GOOD = {
     'skip_nonfinite': 0, 'learning_rate': 1e-3, 'muon_lr': 0.02, 'min_lr': 1e-4, 'weight_decay': 0.1, 'grad_clip': 1.0,
     'warmup_iters': 0, 'beta1': 0.9, 'beta2': 0.95, 'dropout': 0.0, 'cooldown': 0.4, 'max_iters': 10,
     'lr_decay_iters': 10, 'data_order': 'random', 'parallel': 'ddp', 'optimizer': 'adamw', 'schedule': 'cosine',
-    'seed': 1337,
+    'seed': 1337, 'epochs': 0.0,
 }
 
 
@@ -52,6 +53,8 @@ GOOD = {
     ('beta2', -0.5, '[0, 1)'),
     ('dropout', 1.0, '[0, 1)'),
     ('cooldown', 1.5, '[0, 1]'),
+    ('epochs', -1.0, 'at least 0'),
+    ('epochs', float('inf'), 'a finite number'),
     ('max_iters', -2, 'at least 0, or -1'),
     ('lr_decay_iters', -2, 'at least 0, or -1'),
     ('eval_iters', 0, 'above 0, or -1'),
@@ -121,3 +124,23 @@ def test_split_rows():
     assert split_rows(4, 5, 2) == (5, 2)  # 10 rows: 2 + 2 + 2 + 2 + 2, not 4 + 4 + 2
     line = exit_line(split_rows, 4, 1, 3)
     assert all(name in line for name in ('batch_size=4', 'gradient_accumulation_steps=1', '3 processes')), line
+
+
+@pytest.mark.parametrize('given, config, expected', [
+    (['epochs'], {'epochs': 2.5}, (25, 25)),
+    (['epochs'], {'epochs': 0.01}, (1, 1)),
+    (['epochs', 'lr_decay_iters'], {'epochs': 2.5, 'lr_decay_iters': 7}, (25, 7)),
+    (['epochs', 'lr_decay_iters'], {'epochs': 2.5, 'lr_decay_iters': -1}, (25, 25)),
+    (['max_iters'], {'epochs': 2.5, 'max_iters': 30}, (30, 10)),  # a config file has the epochs
+    (['epochs', 'max_iters'], {'epochs': 0.0, 'max_iters': 30}, (30, 10)),
+    ([], {'lr_decay_iters': -1}, (10, 10)),
+])
+def test_epochs(given, config, expected):
+    """Of ten steps each."""
+    check_settings(GOOD | config, given)
+    assert run_length(GOOD | config, given, None, None, 10.0) == expected
+
+
+def test_epochs_and_steps_together():
+    line = exit_line(check_settings, GOOD | {'epochs': 2.0}, ['epochs', 'max_iters'])
+    assert line.startswith('epochs=2.0, max_iters=10: ')

@@ -281,6 +281,15 @@ def test_20_tokens_per_parameter(tied, tiny_data, tmp_path):
     assert numbers_of(tmp_path, 'lr')[-1] == pytest.approx(last_rate, rel=1e-4)
 
 
+def test_epochs(tiny_data, tmp_path):
+    """One pass over the tokens, with the schedule; train.py says how many times they are seen."""
+    args = [arg for arg in TINY if not arg.startswith(('--max_iters', '--lr_decay'))]
+    out = train(tiny_data, tmp_path, '--epochs=0.5', '--batch_size=50', '--data_order=epochs', tiny=args)
+    steps = math.ceil(0.5 * 17100 / 32 / 50)
+    assert f'17,100 tokens, {steps} steps see them 0.561 times' in out
+    assert load(tmp_path)['iter_num'] == load(tmp_path)['config']['lr_decay_iters'] == steps
+
+
 def test_a_folder_without_validation_trains(tiny_data, tmp_path):
     make_dataset(tmp_path / 'data', tiny_data / 'input.txt', val_fraction=0.0)
     assert 'val loss' not in train(tmp_path / 'data', tmp_path / 'out')

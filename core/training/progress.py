@@ -93,8 +93,7 @@ def describe_run(env, data, micro_steps, micro_rows, block_size, total_rows, max
     line = (f'{env.device} {env.dtype}, {processes} x {micro_steps} micro-batches x {micro_rows} {width} = '
             f'{per_iter:,} {unit} per iteration; {data.folder}: {data.splits["train"]:,} tokens')
     if max_iters is not None:
-        epochs = max_iters * total_rows / rows_in_epoch if data.kind else max_iters * per_iter / data.splits['train']
-        line += f', {max_iters:,} steps see them {epochs:.3g} times'
+        line += f', {max_iters:,} steps see them {max_iters * total_rows / rows_in_epoch:.3g} times'
     return line
 
 

@@ -12,7 +12,7 @@ DERIVED_IF_0 = ('n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner')  # 0: d
 
 AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'eval_interval', 'log_interval')
 AT_LEAST_0 = (*DERIVED_IF_0, 'rope_theta', 'save_interval', 'save_minutes', 'keep_last', 'skip_nonfinite',
-              'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters')
+              'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'epochs')
 CHOICES = {
     'data_order': ('random', 'epochs', 'documents'),
     'parallel': ('ddp', 'fsdp'),
@@ -23,8 +23,8 @@ CHOICES = {
 }
 
 
-def check_settings(config):
-    """Exit if a setting has an impossible value."""
+def check_settings(config, given=()):
+    """Exit if a setting has an impossible value. given: those of the command line."""
     def expect(condition, key, what):
         if not condition:
             sys.exit(f'{key}={config[key]}: expected {what}')
@@ -40,6 +40,9 @@ def check_settings(config):
     for key in ('max_iters', 'lr_decay_iters'):
         expect(config[key] >= -1, key, 'at least 0, or -1 (see --help)')
     expect(config['eval_iters'] != 0, 'eval_iters', 'above 0, or -1 (all)')
+    expect(config['epochs'] < math.inf, 'epochs', 'a finite number')
+    if config['epochs'] and {'epochs', 'max_iters'} <= set(given):
+        sys.exit(f'epochs={config["epochs"]}, max_iters={config["max_iters"]}: both say how long to train; give one')
     if config['optimizer'] == 'muon' and config['learning_rate'] == 0 < config['muon_lr']:
         sys.exit(f'learning_rate=0: muon_lr={config["muon_lr"]} rises and falls with it, so give it a value above 0, '
                  'however small')
@@ -66,6 +69,21 @@ def check_against_checkpoint(model, origin, config, given):
         if asked != has and not (asked == 0 and key in DERIVED_IF_0):
             sys.exit(f'--{key}={asked} contradicts {origin}, which has {key}={has}; '
                      'leave it out, or train another network with --init_from=scratch and another --out_dir')
+
+
+def run_length(config, given, model, tokens_per_iter, steps_in_epoch):
+    """
+    Return max_iters and lr_decay_iters as numbers of steps. Epochs count unless the command line gives max_iters; the
+    schedule then ends with the run, unless the command line gives lr_decay_iters.
+    """
+    max_iters, lr_decay_iters = config['max_iters'], config['lr_decay_iters']
+    if config['epochs'] and 'max_iters' not in given:
+        max_iters = math.ceil(config['epochs'] * steps_in_epoch)
+        if 'lr_decay_iters' not in given:
+            lr_decay_iters = max_iters
+    elif max_iters == -1:  # 20 tokens per parameter that multiplies: without lookup tables
+        max_iters = math.ceil(20 * model.num_params(lookups=False) / tokens_per_iter)
+    return max_iters, max_iters if lr_decay_iters == -1 else lr_decay_iters
 
 
 def describe_changes(checkpoint, config, world_size, total_rows):

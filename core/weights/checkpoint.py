@@ -161,9 +161,10 @@ def load_base_with_adapters(checkpoint, path, device, **overrides):
     return model
 
 
-def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
+def load_model(init_from, out_dir='out', ckpt='', dropout=0.0, quiet=False):
     """
-    Load a network onto the CPU; LoRA adapters are merged into their base. Returns (model, source).
+    Load a network onto the CPU; LoRA adapters are merged into their base. Returns (model, source). Unless quiet, print
+    what was loaded.
 
     init_from: 'resume' (the run in out_dir, or the file ckpt), a checkpoint file, a run's folder, or a GPT-2, Llama
     or Qwen3 by its name on the Hugging Face hub (perhaps name@revision) or its folder.
@@ -182,7 +183,8 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
         model = load_pretrained(folder, dropout)
         hub = hub_commit(folder)
         commit = f' (commit {hub.partition("@")[2]})' if hub else ''
-        print(f'loaded {init_from}{commit}: {describe(model)}')
+        if not quiet:
+            print(f'loaded {init_from}{commit}: {describe(model)}')
         return model, {'folder': folder, 'hub': hub}
 
     checkpoint = load_checkpoint(path)
@@ -193,11 +195,12 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0):
     loss = checkpoint.get('best_val_loss')
     if loss is not None and math.isfinite(loss):
         text += f', best validation loss {float(loss):.4f}'
-    print(text)
+    if not quiet:
+        print(text)
     return model, checkpoint
 
 
-def load_reference(path, data, env, model=None):
+def load_reference(path, data, env, model=None, quiet=False):
     """
     Load a frozen model onto the device: the reference of DPO and GRPO, or a reward model. Its vocabulary is fitted to
     the dataset.
@@ -207,7 +210,7 @@ def load_reference(path, data, env, model=None):
     """
     if model and model.lora and (path == model.lora['base'] or os.path.realpath(find(path)) == model.lora['base_path']):
         return without_adapters(model)
-    model, source = load_model(path)
+    model, source = load_model(path, quiet=quiet)
     fit_vocabulary(model, source, data, path)
     return model.to(env.device).eval().requires_grad_(False)
 
