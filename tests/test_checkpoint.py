@@ -1,11 +1,12 @@
 """Checkpoints and the tokenizer that belongs to them."""
 import pickle
 
+import pytest
 import torch
 from conftest import exit_line, run_script
 
 from core.text.tokenizer import char_tokenizer
-from core.weights.checkpoint import source_tokenizer
+from core.weights.checkpoint import load_checkpoint, save_checkpoint, source_tokenizer, sum_of_bytes
 from model import GPT, GPTConfig
 
 CHARS = 'abcdefghijklmnopqrstuvwxyz '
@@ -63,3 +64,37 @@ def test_tokenizer_of_a_source(tmp_path):
     assert line.startswith(f'{tmp_path}: no tokenizer in this folder')
     (tmp_path / 'tokenizer.json').write_text(tok.json, encoding='utf-8')
     assert source_tokenizer({'folder': str(tmp_path)}).json == tok.json
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.int8, torch.float64, torch.bool, torch.int64])
+def test_every_bit_counts_in_a_checksum(dtype):
+    """Of a tensor with bytes left over behind the last 8, of its transpose, of a part of it that is not aligned."""
+    tensor = (torch.arange(39) % 7).to(dtype).view(3, 13)
+    before = sum_of_bytes(tensor)
+    assert before == sum_of_bytes(tensor.clone())
+    for part in (tensor, tensor.T, tensor[1:]):
+        bits = part.contiguous().clone().view(-1).view(torch.uint8)
+        expected = sum_of_bytes(part)
+        for i in range(len(bits)):
+            bits[i] ^= 1
+            assert sum_of_bytes(bits) != expected
+            bits[i] ^= 1
+        assert sum_of_bytes(bits) == expected
+    assert sum_of_bytes(tensor[0, 0]) == sum_of_bytes(torch.empty(0, dtype=dtype)) == 0
+
+
+def test_a_checkpoint_without_a_part_or_checksums(tmp_path):
+    """What was written without checksums loads, and so does what somebody saved again without the optimizer."""
+    path = str(tmp_path / 'ckpt.pt')
+    save_as_nanogpt(tmp_path / 'nanogpt' / 'ckpt.pt', 'letters')
+    checkpoint = load_checkpoint(str(tmp_path / 'nanogpt' / 'ckpt.pt'))
+    save_checkpoint({**checkpoint, 'optimizer': {'state': {0: torch.ones(3)}}}, path)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint['checksums'].keys() == {'model', 'optimizer', 'best_val_loss'}
+    del checkpoint['optimizer']
+    torch.save(checkpoint, path)
+    load_checkpoint(path)
+    checkpoint['model']['lm_head.weight'][0, 0] += 1
+    torch.save(checkpoint, path)
+    assert all(text in exit_line(load_checkpoint, path) for text in ('"model"', '"checksums"'))
+    load_checkpoint(path, 'meta')

@@ -21,7 +21,7 @@ from test_bad_input import cut, refuse
 
 from benchmarks.kills import kill_and_compare
 from core.text.dataset import fingerprint, open_dataset, windows
-from core.weights.checkpoint import load_checkpoint, load_last
+from core.weights.checkpoint import load_checkpoint, load_last, tensors_in
 from objectives import next_token
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
@@ -145,7 +145,18 @@ def cut_in_half(path):
     cut(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize('damage', [cut_in_half, os.remove])
+def flip_a_bit(path, part):
+    """Flip a bit of a tensor in the `part` of a checkpoint, in which nothing else notices it."""
+    checkpoint = load_checkpoint(str(path))
+    tensor = max(tensors_in(checkpoint[part]), key=lambda tensor: tensor.numel())
+    content = bytearray(path.read_bytes())
+    content[content.index(tensor.numpy().tobytes()) + 401] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize('damage', [
+    cut_in_half, os.remove, lambda path: flip_a_bit(path, 'model'), lambda path: flip_a_bit(path, 'optimizer'),
+])
 def test_a_damaged_checkpoint(damage, tiny_data, tmp_path):
     """The run resumes from the checkpoint before it, with a warning, and ends as it would have."""
     args = '--save_interval=4', '--dropout=0.2', '--eval_interval=3'

@@ -21,8 +21,12 @@ EARLIER = 'ckpt_{:08d}.pt'  # file name of an earlier checkpoint, by its step
 
 
 def save_checkpoint(checkpoint, path):
-    """Write a checkpoint to a temporary file, flush it and rename it to `path`. Exits if this fails (a full disk)."""
-    torch.serialization.set_crc32_options(False)  # nobody reads the checksums, and they are half the work
+    """
+    Write a checkpoint, with checksums of its tensors, to a temporary file, flush it and rename it to `path`. Exits if
+    this fails (a full disk).
+    """
+    torch.serialization.set_crc32_options(False)  # torch.load() does not read them, and they are half the work
+    checkpoint = {**checkpoint, 'checksums': checksums(checkpoint)}
     try:
         with atomic(path) as f:
             torch.save(checkpoint, f)
@@ -32,6 +36,38 @@ def save_checkpoint(checkpoint, path):
             reason = error.__context__
         old = ' (the checkpoint that was there is still whole)' if os.path.exists(path) else ''
         sys.exit(f'{path}: could not be saved: {reason}{old}')
+
+
+def checksums(checkpoint):
+    """Return {part: the sum of its tensors' bytes as 64-bit integers}, which notices any byte that changes alone."""
+    sums = {key: checksum(part) for key, part in checkpoint.items() if key != 'checksums'}
+    return {key: total for key, total in sums.items() if total is not None}
+
+
+def checksum(part):
+    """Return the sum for a part of a checkpoint, in which tied tensors count once; None if it has no tensors."""
+    tensors = {(tensor.data_ptr(), tensor.shape): tensor for tensor in tensors_in(part)}
+    return sum(map(sum_of_bytes, tensors.values())) if tensors else None
+
+
+def tensors_in(tree):
+    """Yield the tensors of a nested checkpoint."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors_in(part)
+
+
+def sum_of_bytes(tensor):
+    """Return the sum of a tensor's bytes as int64, modulo 2**64, plus those at the end that fill no int64."""
+    if tensor.numel() == 0:
+        return 0
+    data = tensor.detach().flatten().view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()  # aligned
+    n = len(data) // 8 * 8
+    return int(data[:n].view(torch.int64).sum()) + int(data[n:].sum())
 
 
 def copy_checkpoint(path, copy):
@@ -60,6 +96,9 @@ def load_checkpoint(path, device='cpu'):
                  '(sample.py: or a file by --ckpt)')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+        for key, total in checkpoint.get('checksums', {}).items() if device != 'meta' else ():
+            if checksum(checkpoint.get(key)) not in (None, total):  # None: somebody took the optimizer out
+                raise ValueError(f'"{key}" is not what was written; if you changed it yourself, delete "checksums"')
         state = checkpoint['model'].items()
         checkpoint['model'] = {key.removeprefix('_orig_mod.'): p for key, p in state}  # the prefix of torch.compile
         checkpoint['model_args'] = vars(GPTConfig(**checkpoint['model_args']))
