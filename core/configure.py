@@ -172,7 +172,8 @@ def read_config_file(script, name):
         with open(path, encoding='utf-8') as f:
             exec(f.read(), namespace)
     except Exception as error:
-        raise Refused(f'{name}: {type(error).__name__}: {error}') from error
+        reason = str(error).partition('\n')[0]
+        raise Refused(f'{name}: {type(error).__name__}: {reason}') from error
 
     def is_override(key, value):
         if key.startswith('_') or isinstance(value, types.ModuleType) or callable(value):
@@ -201,7 +202,8 @@ def convert(override, setting):
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not kind:
-        raise Refused(f'{describe(override)}={override.value!r}: expected {EXPECTED[kind]}')
+        given = ' '.join(repr(override.value).split())[:80]
+        raise Refused(f'{describe(override)}={given}: expected {EXPECTED[kind]}')
     return value
 
 

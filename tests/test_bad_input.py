@@ -1,14 +1,24 @@
 """Bad input ends a script with one clear line on stderr and a non-zero exit, and leaves no file half-written."""
+import contextlib
 import errno
+import functools
+import io
 import json
+import operator
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, losses_of, make_dataset, run_script
+
+from core.text.dataset import open_dataset
+from core.text.tokenizer import bpe_tokenizer, char_tokenizer, load_tokenizer
+from core.weights.huggingface import hf_config, model_without_weights
+from model import GPT, GPTConfig
 
 
 def tree(folder):
@@ -337,6 +347,98 @@ def test_pickled_code_in_pretrained_weights(tiny_data, tmp_path, script):
     if script == 'train.py':
         args = [*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}']
     refuse(script, f'--init_from={folder}', *args, names=['pytorch_model.bin'], folder=tmp_path)
+
+
+MALFORMED = [None, 'x', -1, 1.5, [1], {'a': 1}, 10**30]
+
+
+def malformed(spec):
+    """Yield (path of the changed entry, changed copy): each entry of a JSON object is removed, or has another form."""
+    def paths(entry, path):
+        yield path
+        items = entry.items() if isinstance(entry, dict) else enumerate(entry[:1]) if isinstance(entry, list) else ()
+        for key, value in items:
+            yield from paths(value, (*path, key))
+
+    for value in MALFORMED:
+        yield (), value
+    for path in paths(spec, ()):
+        for value in [*MALFORMED, 'removed'] if path else ():
+            copy = json.loads(json.dumps(spec))
+            parent = functools.reduce(operator.getitem, path[:-1], copy)
+            if value == 'removed':
+                del parent[path[-1]]
+            else:
+                parent[path[-1]] = value
+            yield path, copy
+
+
+def check_malformed(spec, path, read, needed):
+    """
+    Write each malformed variant of a JSON file and read it. Some are harmless; the others must exit with a line that
+    names the file or its folder. Those of the entries `needed` must all be refused.
+    """
+    for changed, content in malformed(spec):
+        path.write_text(json.dumps(content), encoding='utf-8')
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                read()
+        except SystemExit as refused:
+            line = str(refused.code)
+            assert '\n' not in line and str(path.parent) in line, (changed, content, line)
+            assert not re.search(r'Error|object (is|has)|instance|subscript|unhashable', line), (changed, content, line)
+        else:
+            assert not changed or changed[-1] not in needed or content == spec, (changed, content)
+
+
+@pytest.mark.parametrize('style', ['gpt2', 'qwen3'])
+def test_malformed_config_json(tmp_path, style):
+    modern = dict(rope_theta=1e4, norm='rmsnorm', activation='swiglu', bias=False, qk_norm=True)
+    model = GPT(GPTConfig(vocab_size=99, block_size=32, n_layer=1, n_head=4, n_embd=32,
+                          **(modern if style == 'qwen3' else {})))
+    spec = {**hf_config(model.config, 'x'), 'rope_scaling': {'type': 'default'}}
+    spec = {key: value for key, value in spec.items() if key not in ('rope_theta', 'n_inner', 'head_dim')}
+    needed = ('model_type', 'vocab_size', 'n_positions', 'n_layer', 'n_embd', 'hidden_size', 'num_hidden_layers')
+    check_malformed(spec, tmp_path / 'config.json', lambda: model_without_weights(str(tmp_path), str(tmp_path)), needed)
+
+
+def test_malformed_meta_json(own_data):
+    spec = json.loads((own_data / 'meta.json').read_text(encoding='utf-8'))
+    check_malformed(spec, own_data / 'meta.json', lambda: open_dataset(str(own_data)), ['dtype', 'tokens'])
+
+
+@pytest.mark.parametrize('kind', ['char', 'bbpe'])
+def test_malformed_tokenizer_json(tmp_path, kind):
+    tok = char_tokenizer('abc') if kind == 'char' else bpe_tokenizer(['a b', 'ab c'])
+    spec = json.loads(tok.json)
+    spec['model']['vocab'] = dict(sorted(spec['model']['vocab'].items(), key=lambda item: item[0] not in 'abc'))
+
+    def read():
+        tok = load_tokenizer(str(tmp_path))
+        if not tok.unknown('abc'):
+            tok.decode(tok.encode('abc'))
+        tok.can_follow([0])
+        tok.token_bytes()
+    check_malformed(spec, tmp_path / 'tokenizer.json', read, ['model'])
+
+
+@pytest.mark.parametrize('script', ['export.py', 'sample.py', 'evaluate.py', 'train.py'])
+@pytest.mark.parametrize('file, content, names', [
+    ('config.json', {'model_type': 'llama', 'hidden_size': [1]}, ['hidden_size=[1]', 'a whole number']),
+    ('config.json', {'model_type': 'llama', 'rope_scaling': 'x'}, ['rope_scaling=x', 'an object']),
+    ('config.json', {'model_type': ['gpt2']}, ["model_type=['gpt2']", 'text']),
+    ('config.json', [1], ['model_type']),
+    ('adapter_config.json', {'target_modules': 5}, ['adapters alone', 'merge_and_unload']),
+])
+def test_malformed_model(tiny_data, tmp_path, script, file, content, names):
+    (tmp_path / 'model').mkdir()
+    (tmp_path / 'model' / file).write_text(json.dumps(content), encoding='utf-8')
+    args = [f'--init_from={tmp_path / "model"}']
+    if script == 'train.py':
+        args += [*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path / "out"}']
+    elif script == 'export.py':
+        args.append(f'--to={tmp_path / "exported"}')
+    refuse(script, *args, names=[tmp_path / 'model', *names], folder=tmp_path)
 
 
 @pytest.mark.parametrize('key, value', [

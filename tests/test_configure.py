@@ -238,6 +238,9 @@ def test_a_run_given_alone(tmp_path, script, file, key):
     ('verbose = 1', ['own.py', 'verbose=1', 'True or False']),
     ('note = 5', ['own.py', 'note=5', 'text']),
     ('steps = = 3', ['own.py', 'SyntaxError']),
+    ('note = ["a"]', ['own.py', "note=['a']", 'text']),
+    ('rate = type("Two", (), {"__repr__": lambda self: "two\\nlines"})()', ['own.py: rate=two lines', 'a float']),
+    ('raise ValueError("two\\nlines")', ['own.py: ValueError: two']),
     ('import nothing_of_that_name', ['own.py', 'nothing_of_that_name']),
     ('steps = 1 / 0', ['own.py', 'division by zero']),
 ])

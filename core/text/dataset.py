@@ -167,12 +167,15 @@ def _read_meta_json(folder, hint):
         with open(f'{folder}/meta.json', encoding='utf-8') as f:
             meta = json.load(f)
         dtype = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}[meta['dtype']]
-        for split in SPLITS:
-            if split in meta:
-                meta[split]['tokens']  # missing: a KeyError
-    except (ValueError, KeyError, TypeError) as error:
-        sys.exit(f'{folder}/meta.json: expected {{"dtype": "uint16" or "uint32", ...}}: '
-                 f'{type(error).__name__}: {error}; {hint}')
+        counted = ['tokens', 'documents'] if meta.get('kind') else ['tokens']
+        counts = [meta[split][key] for split in SPLITS if split in meta for key in counted]
+        if not all(type(count) is int for count in [*counts, meta.get('longest', 0)]):
+            raise TypeError
+        if meta.get('kind', '') not in ('', 'conversations', 'pairs', 'prompts'):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sys.exit(f'{folder}/meta.json: damaged: expected {{"dtype": "uint16" or "uint32", '
+                 f'"train": {{"tokens": ...}}, ...}}; {hint}')
     return meta, dtype
 
 

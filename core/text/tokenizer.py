@@ -57,18 +57,23 @@ class Tokenizer:
     def __init__(self, json_text, name='tokenizer.json'):
         """Read a tokenizer.json. Exits if it is invalid or of another kind; `name` is its name in that message."""
         self.json = json_text
+        self._name = name
         self._follows = {}  # results of can_follow() for the bytes of an unfinished character
         try:
             self._spec = json.loads(json_text)
             self._read_spec()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            sys.exit(f'{name}: expected a tokenizer.json of characters or of byte-level BPE: '
-                     f'{type(error).__name__}: {error}')
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = {KeyError: f'{error} is missing', ValueError: str(error)}.get(type(error), 'it has another form')
+            sys.exit(f'{name}: expected a tokenizer.json of characters or of byte-level BPE: {reason}')
 
     def _read_spec(self):
         added = {token['content']: token for token in self._spec.get('added_tokens') or []}
         model = self._spec['model']
         self._vocab = {token: i for token, i in model['vocab'].items() if token not in added}
+        ids = [*self._vocab.values(), *(token['id'] for token in added.values())]
+        if not all(type(i) is int and 0 <= i < 2**24 for i in ids):
+            raise ValueError('an id is not a whole number from 0 to 2**24')
+        self._normalizer = (self._spec.get('normalizer') or {}).get('type')  # of Unicode
         self.is_char = model.get('type') == 'WordLevel'
         if self.is_char:
             if any(len(token) != 1 for token in self._vocab):
@@ -76,6 +81,8 @@ class Tokenizer:
             piece_of = {i: token.encode() for token, i in self._vocab.items()}
         else:
             self._split = _split_pattern(self._spec)
+            if not all(isinstance(merge, str) or [*map(type, merge)] == [str, str] for merge in model['merges']):
+                raise ValueError('a merge is not a pair of tokens')
             piece_of = {i: token.translate(BYTE_OF).encode('latin-1') for token, i in self._vocab.items()}
             if sum(len(piece) == 1 for piece in piece_of.values()) != 256:
                 raise ValueError('some of the 256 bytes have no token '
@@ -198,16 +205,14 @@ class Tokenizer:
         return [pair.split(' ') if isinstance(pair, str) else pair for pair in self._spec['model']['merges']]
 
     @cached_property
-    def _normalizer(self):
-        """The type of the Unicode normalizer, None if there is none."""
-        return (self._spec.get('normalizer') or {}).get('type')
-
-    @cached_property
     def _tokenizers(self):
         """This tokenizer in the `tokenizers` library, without added tokens, so that their names are ordinary text."""
         from tokenizers import Tokenizer
         without = {'added_tokens': [], 'post_processor': None, 'truncation': None, 'padding': None}
-        return Tokenizer.from_str(json.dumps({**self._spec, **without}))
+        try:
+            return Tokenizer.from_str(json.dumps({**self._spec, **without}))
+        except Exception as error:  # it raises no narrower class
+            sys.exit(f'{self._name}: damaged: {re.sub(" at line .*", "", str(error))}')
 
     @cached_property
     def _tiktoken(self):
@@ -223,7 +228,10 @@ class Tokenizer:
             return None
         if not self._split or self._normalizer not in (None, 'NFC'):
             return None
-        joined_ids = [self._vocab[''.join(pair)] for pair in self._merges]
+        try:
+            joined_ids = [self._vocab[''.join(pair)] for pair in self._merges]
+        except (KeyError, TypeError):
+            return None  # damaged: `tokenizers` says where
         if any(a >= b for a, b in zip(joined_ids, joined_ids[1:])):
             return None
         try:
@@ -271,6 +279,8 @@ def _split_pattern(spec):
     steps = spec['pre_tokenizer'].get('pretokenizers', [spec['pre_tokenizer']])
     if 'merges' not in spec['model'] or steps[-1]['type'] != 'ByteLevel' or spec['decoder']['type'] != 'ByteLevel':
         raise ValueError('it is of another kind')
+    if not all(isinstance(step, dict) for step in steps):
+        raise ValueError('a step of its pre_tokenizer has another form')
     if steps[-1].get('add_prefix_space'):
         raise ValueError('it puts a space before every text (add_prefix_space), so text would not come back as it was')
     match steps:
@@ -279,7 +289,7 @@ def _split_pattern(spec):
         case [_]:
             return GPT2_SPLIT
         case [{'type': 'Split', 'pattern': {'Regex': regex}, 'behavior': 'Isolated', 'invert': False},
-              {'use_regex': False}]:
+              {'use_regex': False}] if isinstance(regex, str):
             return regex
     return ''
 

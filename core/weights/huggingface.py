@@ -1,5 +1,6 @@
 """GPT-2, Llama and Qwen3 in Hugging Face folders: reading and writing config.json, weights and tokenizer."""
 import json
+import math
 import os
 import re
 import sys
@@ -11,6 +12,44 @@ from core.text.chat_template import JINJA, can_chat, end_of_turn
 from model import GPT, GPTConfig
 
 # --- config.json
+
+# what the fields that are read here must be: (what, test, names)
+FIELDS = [
+    ('a whole number from 1 to 2**31', lambda value: type(value) is int and 0 < value <= 2**31,
+     ('vocab_size', 'n_positions', 'n_embd', 'n_inner', 'n_head', 'max_position_embeddings', 'num_attention_heads',
+      'num_key_value_heads', 'head_dim', 'hidden_size', 'intermediate_size')),
+    ('a whole number from 1 to 1,000', lambda value: type(value) is int and 0 < value <= 1000,
+     ('n_layer', 'num_hidden_layers')),
+    ('a number above 0', lambda value: type(value) in (int, float) and 0 < value < math.inf,
+     ('layer_norm_epsilon', 'rms_norm_eps', 'rope_theta')),
+    ('true or false', lambda value: type(value) is bool, ('tie_word_embeddings',)),
+    ('text', lambda value: type(value) is str, ('model_type', 'activation_function', 'rope_type', 'type')),
+    ('an object {...}', lambda value: type(value) is dict, ('rope_parameters', 'rope_scaling')),
+]
+
+
+def read_config(path):
+    """Return the contents of a config.json, a dict. Exits if it is none, or if a field that counts here is damaged."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            hf = json.load(f)
+    except (OSError, ValueError, RecursionError) as error:
+        sys.exit(f'{path}: not JSON, or damaged: {error}')
+    if type(hf) is not dict or not hf.get('model_type'):
+        sys.exit(f'{path}: not the config.json of a language model: expected {{"model_type": ...}}')
+    hf = {key: value for key, value in hf.items() if value is not None}  # null: left out
+    check_fields(hf, path)
+    for key in ('rope_parameters', 'rope_scaling'):
+        check_fields(hf.get(key, {}), f'{path}: {key}')
+    return hf
+
+
+def check_fields(fields, name):
+    """Exit if one of FIELDS is there and is none of what it must be."""
+    for what, is_good, keys in FIELDS:
+        for key in keys:
+            if key in fields and not is_good(fields[key]):
+                sys.exit(f'{name}: {key}={str(fields[key])[:80]}: expected {what}')
 
 
 def unsupported(hf, supported):
@@ -233,22 +272,20 @@ def load_pretrained(name, dropout=0.0):
 def model_without_weights(folder, name, dropout=0.0):
     """Return the GPT of a folder's config.json on the device 'meta'. Exits if it is damaged or unsupported."""
     path = os.path.join(folder, 'config.json')
+    hf = read_config(path)
+    arch = hf['model_type']
+    if arch not in ARCHITECTURES:
+        sys.exit(f'{name}: its architecture is {arch}; supported are {", ".join(ARCHITECTURES)}')
     try:
-        with open(path, encoding='utf-8') as f:
-            hf = json.load(f)
-        arch = hf.get('model_type')
-        if arch not in ARCHITECTURES:
-            sys.exit(f'{name}: its architecture is {arch}; supported are {", ".join(ARCHITECTURES)}')
         config = ARCHITECTURES[arch](hf, name)
-        if min(config.block_size, config.n_layer) < 1:
-            raise ValueError(f'{config.n_layer} layers, a context of {config.block_size}')
         config.dropout = dropout
         with torch.device('meta'):
             return GPT(config)  # raises if the numbers do not make a network
-    except (KeyError, ValueError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
+    except KeyError as error:
+        sys.exit(f'{path}: {error} is missing; it is not the config.json of a {arch}, or a damaged one')
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         reason = str(error).partition('\n')[0]
-        sys.exit(f'{path}: not the config.json of a language model, or a damaged one '
-                 f'({type(error).__name__}: {reason})')
+        sys.exit(f'{path}: its numbers make no network: {reason}')
 
 
 def check_weights(state, views, config, name):
@@ -276,6 +313,9 @@ def download_pretrained(name):
     folder = os.path.expanduser(name)
     if os.path.isfile(os.path.join(folder, 'config.json')):
         return folder
+    if os.path.isfile(os.path.join(folder, 'adapter_config.json')):
+        sys.exit(f"{name}: it has peft's adapters alone; merge them into their base there (merge_and_unload(), then "
+                 'save_pretrained()), and take that folder')
     if os.path.isdir(folder):
         sys.exit(f'{name}: no config.json in this folder; expected a Hugging Face model')
     try:
@@ -324,8 +364,8 @@ def weight_files(folder):
         try:
             with open(index, encoding='utf-8') as f:
                 return sorted({os.path.basename(file) for file in json.load(f)['weight_map'].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            sys.exit(f'{index}: damaged ({type(error).__name__}: {error})')
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sys.exit(f'{index}: damaged: expected {{"weight_map": {{tensor: file, ...}}}}')
     files = sorted(file for file in os.listdir(folder) if file.endswith('.safetensors'))
     if 'model.safetensors' in files:
         return ['model.safetensors']  # other files may be there, such as the original's consolidated.safetensors
