@@ -1,28 +1,39 @@
-# Your own text, prepared by data/any_text/prepare.py: Qwen3's network and Muon, in a size for ten minutes on two CPU
-# cores.
+# Your own text, prepared by data/any_text/prepare.py: a small network of Qwen3's kind and Muon, for a CPU or a GPU.
 #
 #     python train.py config/own_text.py --dataset=my --out_dir=out-my
+#
+# How long to train and how large a network depends on the text. prepare.py prints this command with what to add:
+#
+#     tokens of training text     add                                                           on two CPU cores
+#     below 300,000               --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.2 --epochs=10  up to 3 minutes
+#     below 1.5 million           --epochs=4, four passes; more of them overfit                  up to 9 minutes
+#     more                        nothing: 3,000 steps read 6 million tokens                     10 minutes
+#     above 20 million            --max_iters=20000; with a GPU rather config/train_novels.py    an hour
+#
+# Vocabulary: characters (--tokenizer=char) learn best where they suffice, from some hundred thousand of them on. A BBPE
+# can write any character, which a chat needs; give it about one id for 100 bytes of text, at most 8,192.
 
 out_dir = 'out-own-text'
 eval_interval = 250
-eval_iters = 10
+eval_iters = 10  # 80 rows: an evaluation takes a second
 log_interval = 50
-always_save_checkpoint = False  # sample from the best checkpoint
+always_save_checkpoint = False  # sample from the best checkpoint, not the last
 
 data_order = 'epochs'  # every token equally often
 gradient_accumulation_steps = 1
-batch_size = 8
-block_size = 256
+batch_size = 8  # small, so that ten minutes are enough for many steps
+block_size = 256  # tokens, a paragraph
 
+# 3 million parameters, and those of the vocabulary
 n_layer = 6
 n_head = 6
 n_embd = 192
-dropout = 0.0
+dropout = 0.0  # four passes are few enough
 rope_theta = 10000.0
 norm = 'rmsnorm'
 activation = 'swiglu'
 qk_norm = True
-tied = False
+tied = False  # a separate head learns faster
 
 optimizer = 'muon'
 learning_rate = 3e-2  # of embeddings and norm gains

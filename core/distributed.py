@@ -80,6 +80,9 @@ class PatientStderr:
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
+    def isatty(self):
+        return False  # no progress bars
+
     def write(self, text):
         seconds = min(2.0, self.patience)
         self.patience -= seconds

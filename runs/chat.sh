@@ -47,6 +47,9 @@ prepare "data/$name-text" data/any_text/prepare.py \
 prepare "data/$name" data/chat/prepare.py \
     "${inputs[@]}" --tokenizer="data/$name-text" --name="$name" --max_tokens="$context"
 
+if [ ${#overlays[@]} = 0 ] && [ $# = 0 ] && [ "$(wc -c < "data/$name-text/train.bin")" -lt 3000000 ]; then
+    overlays=(--epochs=4)  # a short text: see the table in config/own_text.py
+fi
 stage 'pretraining' "out-$name-base" config/own_text.py ${overlays[@]+"${overlays[@]}"} \
     --dataset="$name-text" --block_size="$context" "$@"
 

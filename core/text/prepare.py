@@ -471,8 +471,15 @@ def prepare(folder, source, next_command='', tok=None):
     if not next_command:
         dataset = os.path.basename(os.path.normpath(folder))
         next_command = (f'python train.py config/own_text.py --dataset={quoted(dataset)} '
-                        f'--out_dir={quoted(f"out-{dataset}")}')
+                        f'--out_dir={quoted(f"out-{dataset}")}{own_text_settings(done["train"]["tokens"])}')
     print(f'written to {folder}; next:\n{next_command}')
+
+
+def own_text_settings(tokens):
+    """Return what to add to config/own_text.py for so many tokens of training text; its table says why."""
+    if tokens < 300_000:
+        return ' --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.2 --epochs=10'
+    return ' --epochs=4' if tokens < 1_500_000 else ''
 
 
 def print_summary(folder, plan, tok, done, skipped, seconds):
