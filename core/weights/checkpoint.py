@@ -86,19 +86,21 @@ def copy_checkpoint(path, copy):
             sys.exit(f'{copy}: could not be saved: {error}; {path} is whole')
 
 
-def load_checkpoint(path, device='cpu'):
+def load_checkpoint(path, device='cpu', check=False):
     """
     Load a checkpoint of this program or of nanoGPT as a dict. With device='meta' the tensors have shapes but no
     contents, which is fast. Exits if the file is missing, damaged or something else.
+
+    check: exit also if the checksums do not match. For resuming; weights that somebody has edited can be sampled from.
     """
     if not os.path.exists(path):
         sys.exit(f'{path}: no such checkpoint; train first, or name another folder by --out_dir '
                  '(sample.py: or a file by --ckpt)')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        for key, total in checkpoint.get('checksums', {}).items() if device != 'meta' else ():
+        for key, total in checkpoint.get('checksums', {}).items() if check else ():
             if checksum(checkpoint.get(key)) not in (None, total):  # None: somebody took the optimizer out
-                raise ValueError(f'"{key}" is not what was written; if you changed it yourself, delete "checksums"')
+                raise ValueError(f'"{key}" is not what was written (if you changed it yourself, delete "checksums")')
         state = checkpoint['model'].items()
         checkpoint['model'] = {key.removeprefix('_orig_mod.'): p for key, p in state}  # the prefix of torch.compile
         checkpoint['model_args'] = vars(GPTConfig(**checkpoint['model_args']))
@@ -126,7 +128,7 @@ def load_last(out_dir, device='cpu'):
     first_error = None
     for path in (os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir), os.path.join(out_dir, 'best.pt')):
         try:
-            checkpoint = load_checkpoint(path, device)
+            checkpoint = load_checkpoint(path, device, check=device != 'meta')
         except SystemExit as error:
             first_error = first_error or error
             continue
