@@ -17,7 +17,7 @@ dropout = 0.1
 
 learning_rate = 2e-5  # for some hundred million parameters; a small model needs 10 to 50 times as much
 min_lr = 0.0
-max_iters = 500  # choose it for two or three epochs: train.py prints how many epochs this is
+max_iters = 500  # or --epochs=3, if there are thousands of conversations; train.py prints how many epochs this is
 lr_decay_iters = -1
 warmup_iters = 20
 weight_decay = 0.0
