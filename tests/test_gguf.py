@@ -70,6 +70,7 @@ class Llama:
         params.flash_attn_type = off  # it multiplies in float16
         self.server = xllamacpp.Server(params)
         self.connection = Connection(address)
+        self.complete([0], 1)  # a server that is destroyed before its loop has begun waits for that loop for ever
 
     def post(self, route, **content):
         headers = {'Content-Type': 'application/json', 'Host': 'here'}
