@@ -1,4 +1,5 @@
 """Checks of train.py's settings: their values, and their agreement with a checkpoint."""
+import importlib.util
 import math
 import sys
 
@@ -40,6 +41,9 @@ def check_settings(config):
     for key in ('max_iters', 'lr_decay_iters'):
         expect(config[key] >= -1, key, 'at least 0, or -1 (see --help)')
     expect(config['eval_iters'] != 0, 'eval_iters', 'above 0, or -1 (all)')
+    for package in ('wandb', 'tensorboard'):
+        if config[f'{package}_log'] and not importlib.util.find_spec(package):
+            sys.exit(f'{package}_log=True needs {package}: pip install {package}')
     if config['optimizer'] == 'muon' and config['learning_rate'] == 0 < config['muon_lr']:
         sys.exit(f'learning_rate=0: muon_lr={config["muon_lr"]} rises and falls with it, so give it a value above 0, '
                  'however small')
