@@ -20,7 +20,7 @@ import uuid
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from core.device import catch_signals, check_memory, reseed, setup, to_device, try_compile, warn_if_slow
+from core.device import catch_signals, check_memory, reseed, setup, shapes_only, to_device, try_compile, warn_if_slow
 from core.distributed import all_reduce, check_same_on_all_ranks, full_tensor, print_errors_once, shard, shutdown
 from core.files import find
 from core.text.dataset import fingerprint, open_dataset
@@ -145,7 +145,7 @@ weights_source = {}  # where the weights' tokenizer is found
 if start_from == 'scratch':
     architecture = {key: globals()[key] for key in settings.ARCHITECTURE}
     model_config = GPTConfig(vocab_size=padded_vocab_size(data.vocab_size), dropout=dropout, **architecture)
-    with torch.device('meta'):
+    with shapes_only():
         meta_model = GPT(model_config)
     meta_model.gradient_checkpointing = gradient_checkpointing
     check_memory(meta_model, micro_rows, block_size, env)

@@ -9,11 +9,12 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 from core import startup
 from core.distributed import fresh_rendezvous
@@ -126,6 +127,26 @@ def fast_bf16_cpu():
     except OSError:  # not Linux
         is_amd = 'AuthenticAMD' in platform.processor()
     return is_amd and torch.cpu._is_avx512_bf16_supported()
+
+
+class SkipInit(TorchFunctionMode):
+    """Leave new parameters as they are."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, '__module__', '') == 'torch.nn.init':
+            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only():
+    """
+    Make tensors on the device 'meta', which have shapes and no numbers. To initialise them would do nothing but import
+    all of torch.compile: 1.4 s.
+    """
+    with torch.device('meta'), SkipInit():
+        yield
 
 
 def reseed(seed, env):

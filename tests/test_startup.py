@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, TINY, run_script
 
 from core import startup
 
@@ -76,3 +76,19 @@ runpy.run_path(sys.argv[0], run_name='__main__')'''
         assert lines in ([], ['interrupted']) and process.returncode in (0, 130, -signal.SIGINT), lines
         interrupted += lines != []
     assert interrupted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_no_compiler_is_imported(optimizer, tiny_data, tmp_path):
+    """Training without --compile does not import all of torch.compile, which takes more than a second."""
+    program = f'''
+import os, runpy, sys
+sys.path[0] = {str(ROOT)!r}
+sys.argv = ['train.py', *{TINY!r}, '--dataset={tiny_data}', '--out_dir={tmp_path}', '--optimizer={optimizer}']
+try:
+    runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')
+finally:
+    print(sorted(name for name in sys.modules if name.startswith('torch._dynamo')))'''
+    result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, encoding='utf-8')
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == '[]', result.stdout + result.stderr

@@ -1,4 +1,5 @@
 """The loop: golden losses, exact resume, any number of processes, evaluation, signals, logging."""
+import importlib.util
 import math
 import os
 import re
@@ -378,6 +379,16 @@ def test_tensorboard(tiny_data, tmp_path):
     train(tiny_data, tmp_path, '--tensorboard_log=True')
     events = EventAccumulator(str(tmp_path / 'tensorboard')).Reload().Scalars('loss')
     assert [(event.step, pytest.approx(event.value, abs=1e-5)) for event in events] == losses_of(tmp_path)
+
+
+@pytest.mark.parametrize('package', ['wandb', 'tensorboard'])
+def test_logging_without_the_package(package, tiny_data, tmp_path, monkeypatch):
+    """The line names it, before anything is written."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == package else found(name))
+    result = run_script('train.py', *TINY, f'--{package}_log=True', f'--dataset={tiny_data}', f'--out_dir={tmp_path}')
+    assert (result.code, result.err) == (1, f'{package}_log=True needs {package}: pip install {package}\n')
+    assert not list(tmp_path.iterdir())
 
 
 def test_known_peaks():

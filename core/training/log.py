@@ -26,10 +26,7 @@ class Log:
         if config['wandb_log']:
             self.wandb = start_wandb(config, out_dir, run_id)
         if config['tensorboard_log']:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                sys.exit('tensorboard_log=True needs tensorboard: pip install tensorboard')
+            from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(os.path.join(out_dir, 'tensorboard'), purge_step=start)
 
     def read(self):
@@ -88,10 +85,7 @@ class Log:
 
 def start_wandb(config, out_dir, run_id):
     """Start or resume a wandb run. It is offline if nobody is logged in, so it never prompts."""
-    try:
-        import wandb
-    except ImportError:
-        sys.exit('wandb_log=True needs wandb: pip install wandb, or --wandb_log=False')
+    import wandb
     mode = os.environ.get('WANDB_MODE')
     if not mode and not wandb.api.api_key:
         mode = 'offline'

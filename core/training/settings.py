@@ -1,4 +1,5 @@
 """Checks of train.py's settings: their values, and their agreement with a checkpoint."""
+import importlib.util
 import math
 import sys
 
@@ -43,6 +44,9 @@ def check_settings(config, given=()):
     expect(config['epochs'] < math.inf, 'epochs', 'a finite number')
     if config['epochs'] and {'epochs', 'max_iters'} <= set(given):
         sys.exit(f'epochs={config["epochs"]}, max_iters={config["max_iters"]}: both say how long to train; give one')
+    for package in ('wandb', 'tensorboard'):
+        if config[f'{package}_log'] and not importlib.util.find_spec(package):
+            sys.exit(f'{package}_log=True needs {package}: pip install {package}')
     if config['optimizer'] == 'muon' and config['learning_rate'] == 0 < config['muon_lr']:
         sys.exit(f'learning_rate=0: muon_lr={config["muon_lr"]} rises and falls with it, so give it a value above 0, '
                  'however small')

@@ -8,6 +8,7 @@ import zipfile
 
 import torch
 
+from core.device import shapes_only
 from core.text.chat_template import JINJA, can_chat, end_of_turn
 from model import GPT, GPTConfig
 
@@ -279,7 +280,7 @@ def model_without_weights(folder, name, dropout=0.0):
     try:
         config = ARCHITECTURES[arch](hf, name)
         config.dropout = dropout
-        with torch.device('meta'):
+        with shapes_only():
             return GPT(config)  # raises if the numbers do not make a network
     except KeyError as error:
         sys.exit(f'{path}: {error} is missing; it is not the config.json of a {arch}, or a damaged one')
@@ -381,7 +382,7 @@ def hf_weights(model, dtype):
     for key, p in model.named_parameters():
         views.update(huggingface_names(key, p.detach(), model.config))
     if not model.config.rope_theta:
-        with torch.device('meta'):
+        with shapes_only():
             with_biases = GPT(GPTConfig(**{**vars(model.config), 'bias': True}))
         views.update({key: torch.zeros(p.shape) for key, p in with_biases.named_parameters() if key not in views})
     # each with memory of its own, as safetensors wants it
