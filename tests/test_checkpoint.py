@@ -6,7 +6,7 @@ import torch
 from conftest import exit_line, run_script
 
 from core.text.tokenizer import char_tokenizer
-from core.weights.checkpoint import load_checkpoint, save_checkpoint, source_tokenizer, sum_of_bytes
+from core.weights.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint, source_tokenizer, sum_of_bytes
 from model import GPT, GPTConfig
 
 CHARS = 'abcdefghijklmnopqrstuvwxyz '
@@ -26,6 +26,15 @@ def save_as_nanogpt(path, dataset):
     }
     path.parent.mkdir(parents=True)
     torch.save(checkpoint, path)
+
+
+def test_the_file_of_a_folder(tmp_path):
+    """weights.pt, which is for sharing, may be all that somebody has been given."""
+    for name in ('weights.pt', 'best.pt', 'ckpt.pt'):
+        (tmp_path / name).touch()
+        if name != 'ckpt.pt':  # with both, the run's settings choose: test_best_and_last()
+            assert checkpoint_path(tmp_path) == str(tmp_path / name)
+    assert checkpoint_path(tmp_path / 'empty') == str(tmp_path / 'empty' / 'ckpt.pt')
 
 
 def test_sample_with_nanogpts_meta_pkl_alone(tmp_path):

@@ -144,16 +144,15 @@ def checkpoint_path(out_dir, ckpt=''):
     Return the path of the checkpoint to sample from.
 
     This is `ckpt` if it is given. Otherwise it is ckpt.pt of the run's folder, or best.pt if the run kept only the
-    checkpoint with the best validation loss (always_save_checkpoint=False).
+    checkpoint with the best validation loss (always_save_checkpoint=False), or weights.pt if it is alone there.
     """
     if ckpt:
         return find(ckpt)
-    last = os.path.join(find(out_dir), 'ckpt.pt')
-    best = os.path.join(find(out_dir), 'best.pt')
+    last, best, weights = (os.path.join(find(out_dir), name) for name in ('ckpt.pt', 'best.pt', 'weights.pt'))
+    if not os.path.exists(last):
+        return next(filter(os.path.exists, (best, weights)), last)
     if not os.path.exists(best):
         return last
-    if not os.path.exists(last):
-        return best
     config = load_checkpoint(last, 'meta').get('config', {})
     return last if config.get('always_save_checkpoint', True) else best
 
