@@ -108,7 +108,8 @@ def open_text_file(name, path, tok):
     except SystemExit as error:
         sys.exit(f'data={name}: {error}')
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f'data={name}: {error}; expected a dataset folder or a text file in UTF-8')
+        sys.exit(f'data={name}: {error}; expected a dataset folder or a text file in UTF-8 '
+                 '(to convert one: iconv -f GB18030 -t UTF-8 FILE > utf8.txt)')
 
     def read(starts, T):
         positions = starts[:, None] + np.arange(T + 1)

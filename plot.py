@@ -194,6 +194,8 @@ if not other_arguments:
     sys.exit('plot.py: which run? python plot.py out-a out-b --x=time (python plot.py --help lists the settings)')
 if x not in LABELS or log not in ('', 'x', 'y', 'xy'):
     sys.exit(f'x={x}, log={log}: expected x to be {", ".join(LABELS)}, and log x, y or xy')
+if not y.strip(','):
+    sys.exit(f'y={y}: expected a column of log.csv, for example val_loss')
 
 runs = [(run, *read(run)) for run in other_arguments]  # (argument, columns, name)
 names = [name for _, _, name in runs]

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from core.device import catch_signals, check_memory, reseed, setup, shapes_only, to_device, try_compile, warn_if_slow
 from core.distributed import all_reduce, check_same_on_all_ranks, full_tensor, print_errors_once, shard, shutdown
-from core.files import find
+from core.files import find, quoted
 from core.text.dataset import fingerprint, open_dataset
 from core.training import progress, run_folder, settings
 from core.training.evaluation import evaluate
@@ -389,6 +389,6 @@ if training and env.master and iter_num >= max_iters:
     save_weights(out_dir)
 if saver.saved:
     script = 'chat.py' if data.kind else 'sample.py'
-    next_command = '' if model.config.reward else f'python {script} --out_dir={out_dir}'
+    next_command = '' if model.config.reward else f'python {script} --out_dir={quoted(out_dir)}'
     print(progress.describe_end(iter_num - first_iter, clock.elapsed(), skipped, saver, best_val_loss, next_command))
 shutdown(env, 130 if signals.signal == signal.SIGINT else 0)

@@ -50,6 +50,8 @@ def time_sampling(network, prompt_tokens, new_tokens, samples, dtypes, runs, nan
     """
     config = SHAPES.get(network)
     if config is None:
+        if not os.path.exists(checkpoint_path(network)):
+            sys.exit(f'network={network}: expected {", ".join(SHAPES)} or the folder of a run')
         config = GPTConfig(**load_checkpoint(checkpoint_path(network), 'meta')['model_args'])
     if config.rope_theta and (nanogpt or transformers):
         sys.exit(f'network={network}: beside nanoGPT and transformers only networks of their GPT-2 can be timed')

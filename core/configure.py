@@ -128,8 +128,8 @@ def read_arguments(script, own, arguments, verbose):
         elif accepted == 'all' or (accepted == 'positional' and not argument.startswith('-')):
             others.append(argument)
             continue
-        elif argument.startswith('-'):
-            overrides.append(Override(ONE_DASH, *read_option(argument[1:], rest, own)))
+        elif argument.startswith(('-', '–', '—')):  # word processors make long dashes of two
+            overrides.append(Override(ONE_DASH, *read_option(argument.lstrip('-–—'), rest, own)))
             continue
         elif is_data(argument):
             new = [Override(POSITIONAL, 'input', argument)]

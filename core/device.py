@@ -38,6 +38,9 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
     """
     sys.excepthook = explain
     ddp = 'RANK' in os.environ and 'WORLD_SIZE' in os.environ  # set by torchrun
+    if ddp and 'MASTER_ADDR' not in os.environ:
+        sys.exit('RANK and WORLD_SIZE are set in the environment, MASTER_ADDR is not: start several processes by '
+                 'torchrun, or unset the two')
     rank = int(os.environ['RANK']) if ddp else 0
     world_size = int(os.environ['WORLD_SIZE']) if ddp else 1
     if rank > 0:

@@ -7,8 +7,9 @@
 # It takes about 15 minutes on two CPU cores, and 10 more with preferences. Without preferences it stops after
 # instruction tuning; collect some with chat.py --rate. Pretraining uses config/own_text.py, overlaid by the config files
 # given; the settings at the end are passed to every train.py.
-# The folders are data/assistant-text, data/assistant, out-assistant-base, out-assistant, ...: NAME=... chooses another
-# word than assistant. VOCAB_SIZE=... is for the tokenizer: a short text supports fewer ids. CONTEXT=... is in tokens.
+# Three variables may stand before the command. NAME=...: the folders are data/assistant-text, data/assistant,
+# out-assistant-base, out-assistant, ..., with this word instead of assistant. VOCAB_SIZE=...: ids of the tokenizer (an
+# id for 100 bytes of text, at most 4,096). CONTEXT=...: tokens in a row (256).
 # After an interruption start it again: stages that are finished are skipped, and the current one is resumed.
 set -euo pipefail
 if [ $# -lt 2 ]; then
@@ -38,7 +39,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 . runs/stage.sh
 name=${NAME:-assistant}
-vocab_size=${VOCAB_SIZE:-4096}
+size=$(find "$text" -type f -exec cat {} + | wc -c)
+vocab_size=${VOCAB_SIZE:-$((size > 409600 ? 4096 : size < 30000 ? 300 : size / 100))}
 context=${CONTEXT:-256}
 echo "about 15 minutes on two CPU cores${preferences:+, and 10 more for the preferences}; writes data/$name* and out-$name*"
 

@@ -10,6 +10,10 @@
 # The settings at the end are passed to every train.py.
 # After an interruption start it again: stages that are finished are skipped, and the current one is resumed.
 set -euo pipefail
+if [[ ${1:-} = -h || ${1:-} = --help ]]; then
+    sed -n '/^#     bash/s/^#     /usage: /p' "$0"
+    exit
+fi
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 . runs/stage.sh

@@ -133,7 +133,7 @@ def test_beside_nanogpt(tiny_data, tmp_path):
     (['--sample', '--new_tokens=0'], ['new_tokens=0', 'at least 1']),
     (['--sample', '--samples=one'], ['samples=one', 'numbers']),
     (['--sample', '--dtypes=int4'], ['dtypes=int4', 'int8']),
-    (['--sample', '--network=nowhere'], ['nowhere', 'no such checkpoint']),
+    (['--sample', '--network=nowhere'], ['nowhere', 'gpt2, char or the folder of a run']),
 ])
 def test_refusals(tiny_data, tmp_path, args, parts):
     """One line. Wrong arguments of train.py are refused by train.py."""

@@ -34,6 +34,7 @@ def test_the_file_of_a_folder(tmp_path):
         (tmp_path / name).touch()
         if name != 'ckpt.pt':  # with both, the run's settings choose: test_best_and_last()
             assert checkpoint_path(tmp_path) == str(tmp_path / name)
+    assert '--ckpt=' in exit_line(checkpoint_path, tmp_path / 'best.pt')
     assert checkpoint_path(tmp_path / 'empty') == str(tmp_path / 'empty' / 'ckpt.pt')
 
 
@@ -92,7 +93,7 @@ def test_every_bit_counts_in_a_checksum(dtype):
     assert sum_of_bytes(tensor[0, 0]) == sum_of_bytes(torch.empty(0, dtype=dtype)) == 0
 
 
-def test_a_checkpoint_without_a_part_or_checksums(tmp_path):
+def test_a_checkpoint_without_a_part_or_checksums(tmp_path, capsys):
     """What was written without checksums resumes, and so does what somebody saved again without the optimizer."""
     path = str(tmp_path / 'ckpt.pt')
     save_as_nanogpt(tmp_path / 'nanogpt' / 'ckpt.pt', 'letters')
@@ -107,4 +108,6 @@ def test_a_checkpoint_without_a_part_or_checksums(tmp_path):
     torch.save(checkpoint, path)
     line = exit_line(load_checkpoint, path, check=True)
     assert '"model"' in line and '"checksums"' in line
-    load_checkpoint(path)
+    capsys.readouterr()
+    load_checkpoint(path)  # for sampling
+    assert capsys.readouterr().err.startswith(f'warning: {path}: damaged: "model" is not what was written')

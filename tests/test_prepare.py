@@ -290,6 +290,7 @@ def test_bad_settings(tmp_path, settings, expected):
 
 @pytest.mark.parametrize('name, data, expected', [
     ('x.txt', '', 'no text'),
+    ('x.txt', ' \n\n', 'no text'),
     ('x.txt', b'\xef\xbb\xbf', 'no text'),
     ('x.jsonl', '{"text": ""}\n', 'no text'),
     ('x.jsonl', '\n\n', 'no text'),

@@ -21,7 +21,8 @@ GOOD = {
     'skip_nonfinite': 0, 'learning_rate': 1e-3, 'muon_lr': 0.02, 'min_lr': 1e-4, 'weight_decay': 0.1, 'grad_clip': 1.0,
     'warmup_iters': 0, 'beta1': 0.9, 'beta2': 0.95, 'dropout': 0.0, 'cooldown': 0.4, 'max_iters': 10,
     'lr_decay_iters': 10, 'data_order': 'random', 'parallel': 'ddp', 'optimizer': 'adamw', 'schedule': 'cosine',
-    'seed': 1337, 'epochs': 0.0, 'wandb_log': False, 'tensorboard_log': False,
+    'seed': 1337, 'epochs': 0.0, 'wandb_log': False, 'tensorboard_log': False, 'decay_lr': True, 'sample_interval': 0,
+    'sample_tokens': 100,
 }
 
 

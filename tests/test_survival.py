@@ -420,7 +420,7 @@ def test_sharded_and_compiled(tiny_data, tmp_path):
 
 
 def test_float16_is_not_sharded(tiny_data, tmp_path, monkeypatch):
-    for name, value in {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}.items():
+    for name, value in {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1'}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)  # because CPUs do not train in float16

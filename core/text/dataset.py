@@ -260,6 +260,8 @@ def read_tokens(data, split, positions):
     mask = np.ones(positions.shape, dtype=bool)
     for i in np.unique(file_of):
         path, begin = data.files[split][i]
+        if not os.path.exists(path):
+            sys.exit(f'{path}: it was there when the dataset was opened, and has been removed since')
         here = file_of == i
         offsets = positions[here] - begin
         tokens[here] = np.asarray(np.memmap(path, dtype=data.dtype, mode='r'))[offsets]

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from core.files import atomic, find, locked_dataset, quoted
+from core.files import atomic, dataset_folder, find, locked_dataset, quoted
 from core.text.chunks import batch_chunks, chunk, map_in_order, sample_evenly
 from core.text.documents import READ_BYTES, find_files, read_documents
 from core.text.download import hub_commit, progress
@@ -86,6 +86,7 @@ class Document:
 
     def __init__(self):
         self.characters = self.bytes = 0
+        self.is_blank = True
         self.head = ''  # its beginning, for repetition()
         self.chars = set()  # its characters, for a character vocabulary only
         self.digest = hashlib.blake2b(digest_size=8)
@@ -93,6 +94,7 @@ class Document:
     def add(self, text):
         data = text.encode()
         self.characters += len(text)
+        self.is_blank = self.is_blank and not text.strip()
         self.bytes += len(data)
         self.digest.update(data)
         if max_repetition < 1 and len(self.head) < 4 * READ_BYTES:  # for a book its beginning is enough
@@ -102,7 +104,7 @@ class Document:
 
     def reason_to_drop(self, seen):
         """Return why the document is left out, or ''. Adds its digest to `seen` if the other filters pass it."""
-        if not self.characters:
+        if self.is_blank:
             return 'empty'
         if self.characters < min_chars:
             return 'short'
@@ -469,9 +471,10 @@ def prepare(folder, source, next_command='', tok=None):
         sys.exit(130)
     print_summary(folder, plan, tok, done, skipped, time.perf_counter() - started)
     if not next_command:
-        dataset = os.path.basename(os.path.normpath(folder))
+        dataset = os.path.relpath(folder, dataset_folder(''))
+        out_dir = f'out-{os.path.basename(dataset)}'
         next_command = (f'python train.py config/own_text.py --dataset={quoted(dataset)} '
-                        f'--out_dir={quoted(f"out-{dataset}")}{own_text_settings(done["train"]["tokens"])}')
+                        f'--out_dir={quoted(out_dir)}{own_text_settings(done["train"]["tokens"])}')
     print(f'written to {folder}; next:\n{next_command}')
 
 

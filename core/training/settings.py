@@ -11,9 +11,11 @@ ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta
                 'tied', 'n_kv_head', 'head_size', 'n_inner')
 DERIVED_IF_0 = ('n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner')  # 0: derived from the others
 
-AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'eval_interval', 'log_interval')
-AT_LEAST_0 = (*DERIVED_IF_0, 'rope_theta', 'save_interval', 'save_minutes', 'keep_last', 'skip_nonfinite',
-              'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'epochs')
+AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'eval_interval', 'log_interval',
+              'sample_tokens')
+AT_LEAST_0 = (*DERIVED_IF_0, 'rope_theta', 'sample_interval', 'save_interval', 'save_minutes', 'keep_last',
+              'skip_nonfinite', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters',
+              'epochs')
 CHOICES = {
     'data_order': ('random', 'epochs', 'documents'),
     'parallel': ('ddp', 'fsdp'),
@@ -47,6 +49,8 @@ def check_settings(config, given=()):
     for package in ('wandb', 'tensorboard'):
         if config[f'{package}_log'] and not importlib.util.find_spec(package):
             sys.exit(f'{package}_log=True needs {package}: pip install {package}')
+    if config['decay_lr'] and config['min_lr'] > config['learning_rate'] > 0:
+        print(f'warning: the learning rate will rise, from {config["learning_rate"]} to min_lr={config["min_lr"]}')
     if config['optimizer'] == 'muon' and config['learning_rate'] == 0 < config['muon_lr']:
         sys.exit(f'learning_rate=0: muon_lr={config["muon_lr"]} rises and falls with it, so give it a value above 0, '
                  'however small')

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from core.files import atomic, find
+from core.files import atomic, find, quoted
 from core.text.dataset import open_dataset, read_meta_pkl
 from core.text.download import hub_commit
 from core.text.tokenizer import gpt2_tokenizer
@@ -91,21 +91,25 @@ def load_checkpoint(path, device='cpu', check=False):
     Load a checkpoint of this program or of nanoGPT as a dict. With device='meta' the tensors have shapes but no
     contents, which is fast. Exits if the file is missing, damaged or something else.
 
-    check: exit also if the checksums do not match. For resuming; weights that somebody has edited can be sampled from.
+    check: exit if the checksums do not match, for resuming. Otherwise this is a warning: weights that somebody has
+    edited can be sampled from.
     """
     if not os.path.exists(path):
         sys.exit(f'{path}: no such checkpoint; train first, or name another folder by --out_dir '
                  '(sample.py: or a file by --ckpt)')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        for key, total in checkpoint.get('checksums', {}).items() if check else ():
+        for key, total in checkpoint.get('checksums', {}).items() if device != 'meta' else ():
             if checksum(checkpoint.get(key)) not in (None, total):  # None: somebody took the optimizer out
-                raise ValueError(f'"{key}" is not what was written (if you changed it yourself, delete "checksums")')
+                fault = f'"{key}" is not what was written (if you changed it yourself, delete "checksums")'
+                if check:
+                    raise ValueError(fault)
+                print(f'warning: {path}: damaged: {fault}', file=sys.stderr)
         state = checkpoint['model'].items()
         checkpoint['model'] = {key.removeprefix('_orig_mod.'): p for key, p in state}  # the prefix of torch.compile
         checkpoint['model_args'] = vars(GPTConfig(**checkpoint['model_args']))
     except Exception as error:  # for a damaged file torch raises nearly every class of error
-        reason = str(error).partition('\n')[0]
+        reason = str(error).partition('\n')[0].partition('. ')[0]
         if isinstance(error, pickle.UnpicklingError):
             reason = 'it holds other things than tensors and plain values'
         sys.exit(f'{path}: not a checkpoint of this program or nanoGPT, or a damaged one '
@@ -126,7 +130,8 @@ def load_last(out_dir, device='cpu'):
     best.pt, in this order, is taken. Exits as load_checkpoint() does if there is none.
     """
     first_error = None
-    for path in (os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir), os.path.join(out_dir, 'best.pt')):
+    paths = [os.path.join(out_dir, 'ckpt.pt'), *earlier_checkpoints(out_dir), os.path.join(out_dir, 'best.pt')]
+    for path in paths:
         try:
             checkpoint = load_checkpoint(path, device, check=device != 'meta')
         except SystemExit as error:
@@ -136,6 +141,9 @@ def load_last(out_dir, device='cpu'):
             reason = str(first_error).partition(';')[0]
             print(f'warning: {reason}; taking the one before, {path}', file=sys.stderr)
         return checkpoint, path
+    others = [path for path in paths[1:] if os.path.exists(path)]
+    if os.path.exists(paths[0]) and others:
+        sys.exit(f'{first_error}; nor can {" or ".join(others)} be read')
     raise first_error
 
 
@@ -148,6 +156,8 @@ def checkpoint_path(out_dir, ckpt=''):
     """
     if ckpt:
         return find(ckpt)
+    if os.path.isfile(find(out_dir)):
+        sys.exit(f'out_dir={out_dir}: a file; expected the folder of a run (or --ckpt={quoted(str(out_dir))})')
     last, best, weights = (os.path.join(find(out_dir), name) for name in ('ckpt.pt', 'best.pt', 'weights.pt'))
     if not os.path.exists(last):
         return next(filter(os.path.exists, (best, weights)), last)

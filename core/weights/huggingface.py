@@ -1,4 +1,6 @@
 """GPT-2, Llama and Qwen3 in Hugging Face folders: reading and writing config.json, weights and tokenizer."""
+import difflib
+import glob
 import json
 import math
 import os
@@ -326,9 +328,11 @@ def download_pretrained(name):
         repo, _, revision = name.partition('@')
         return snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
     except Exception as error:  # every kind of network failure has its own class there
+        near = difflib.get_close_matches(name, ['resume', 'scratch', *ARCHITECTURES, *glob.glob('out*')], 1)
+        hint = f'; did you mean {near[0]}?' if near else ''
         sys.exit(f'{name}: no such folder, and no such model could be had from the Hugging Face hub '
                  f'({type(error).__name__}); without network, give the path of a folder '
-                 'with config.json and model.safetensors')
+                 f'with config.json and model.safetensors{hint}')
 
 
 def load_weights(folder):

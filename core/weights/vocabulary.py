@@ -52,6 +52,8 @@ def fit_vocabulary(model, source, data, origin):
         base_vocab_size = min(base_vocab_size, base_tok.vocab_size)
 
     grows = data.kind and data.vocab_size > base_vocab_size
+    if grows and data.kind in ('pairs', 'prompts'):
+        print(f'warning: {origin} has no role tokens, so it has not learned to answer; instruction-tune it first')
     if grows:
         rows = max(padded_vocab_size(data.vocab_size), model.config.vocab_size)
         resize_vocabulary(model, base_vocab_size, rows)

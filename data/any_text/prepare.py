@@ -25,4 +25,6 @@ if not input:
 name = name or re.sub(r'[^\w.-]+', '-', name_of(os.path.expanduser(input))).strip('.-')  # needs no quotes in a shell
 if not name:
     sys.exit(f'input={input}: this gives no name for the dataset folder; choose one by --name=...')
+if '..' in name:
+    sys.exit(f'name={name}: expected the name of a folder in data/')
 prepare(dataset_folder(name), input)

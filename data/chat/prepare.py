@@ -31,6 +31,8 @@ exec(open(os.path.join(sys.path[0], 'configurator.py'), encoding='utf-8').read()
 
 if not input:
     sys.exit('no input given: python data/chat/prepare.py conversations.jsonl')
+if not name or '..' in name:
+    sys.exit(f'name={name}: expected the name of a folder in data/')
 if max_tokens < 8:
     sys.exit(f'max_tokens={max_tokens}: expected at least 8')
 
