@@ -18,6 +18,7 @@ demo: $(VENV)/installed
 	$(RUN) data/shakespeare_char/prepare.py
 	$(RUN) train.py config/train_shakespeare_char_cpu.py
 	$(RUN) sample.py --out_dir=out-shakespeare-char-cpu --num_samples=1 --start="ROMEO:"
+	@echo "Before you run other commands: . $(VENV)/bin/activate"
 
 check: $(VENV)/installed-dev lint
 	$(RUN) -m pytest -q -n 2 $(CHECK)

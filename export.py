@@ -117,7 +117,7 @@ def fit_rows(model, tok, source):
 
 def table(rows):
     """Return the lines of a Markdown table of two columns."""
-    return ['| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in rows)]
+    return ['| | |', '|---|---|', *(f'| {key} | {value} |'.replace('\n', r'\n') for key, value in rows)]
 
 
 def card(name, model, source, tok, as_adapter):

@@ -16,6 +16,10 @@ if [ $# -lt 2 ]; then
     sed -n '/^#     bash/s/^#     /usage: /p' "$0" >&2
     exit 2
 fi
+if [[ $2 = *.txt || $2 = *.md || " $* " = *" --init_from"* ]]; then
+    echo "$0: the text comes first, then the conversations; to go on after an interruption: the same command again" >&2
+    exit 2
+fi
 for file in "$1" "$2"; do
     [ -e "$file" ] || { echo "$0: $file: no such file" >&2; exit 1; }
 done
@@ -37,8 +41,9 @@ while [ $# -gt 0 ] && [[ $1 != --* ]]; do
 done
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
-. runs/stage.sh
 name=${NAME:-assistant}
+folders=" data/$name-text out-$name-base data/$name out-$name out-$name-reward out-$name-grpo "
+. runs/stage.sh
 size=$(find "$text" -type f -exec cat {} + | wc -c)
 vocab_size=${VOCAB_SIZE:-$((size > 409600 ? 4096 : size < 30000 ? 300 : size / 100))}
 context=${CONTEXT:-256}

@@ -16,7 +16,6 @@ if [[ ${1:-} = -h || ${1:-} = --help ]]; then
 fi
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
-. runs/stage.sh
 out=out-${NAME:-journey}
 small=()
 if [ "${1:-}" = --quick ]; then
@@ -30,6 +29,9 @@ else
     steps=(1200 600 100 150 40)
     titles=200
 fi
+
+folders=" $out $out-sft $out-reward $out-dpo $out-grpo $out-grpo-rule "
+. runs/stage.sh
 
 judge() {  # writes the poems for some titles and measures them
     "$python" data/tang_poems/judge.py --titles=$titles --out=$out.jsonl "$@"

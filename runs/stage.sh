@@ -2,6 +2,9 @@
 #
 # A stage writes FOLDER/inputs.txt: the words of its command, with checksums of the files that they name. If these differ
 # when the pipeline is started again, the folder was made from something else, and the pipeline stops.
+# The pipeline sets `folders`: the folders that it writes, each after those that it is made from, with spaces around them.
+
+trap 'echo "stopped; to go on: the same command again, $0 ..." >&2; exit 130' INT
 
 list_inputs() {  # prints the words of a command, one a line, with the checksum of what a word names
     local word path
@@ -39,7 +42,8 @@ check_inputs() {  # arguments: folder, its inputs now. Exits unless the folder i
     else
         return 0
     fi
-    echo "$0: $folder $changes; to begin anew: remove it by 'rm -r $folder', or choose other folders by NAME=..." >&2
+    echo "$0: $folder $changes; to begin anew: remove it and those made from it by 'rm -rf $folder ${folders#* "$folder" }'," \
+        "or choose other folders by NAME=..." >&2
     exit 1
 }
 
@@ -61,7 +65,7 @@ stage() {  # arguments: heading, folder of the run, then the arguments of train.
     local inputs
     shift 2
     echo
-    echo "=== $heading: $folder ($((SECONDS / 60)) min)"
+    echo "=== $heading: $folder (after $((SECONDS / 60)) min)"
     inputs=$(list_inputs "$@")
     check_inputs "$folder" "$inputs"
     if [ -e "$folder/weights.pt" ]; then  # written at the end of a run

