@@ -4,11 +4,14 @@
 #
 # How long to train and how large a network depends on the text. prepare.py prints this command with what to add:
 #
-#     tokens of training text     add                                                           on two CPU cores
-#     below 300,000               --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.2 --epochs=10  up to 3 minutes
-#     below 1.5 million           --epochs=4, four passes; more of them overfit                  up to 9 minutes
-#     more                        nothing: 3,000 steps read 6 million tokens                     10 minutes
-#     above 20 million            --max_iters=20000; with a GPU rather config/train_novels.py    an hour
+#     training text                       add                                                     on two CPU cores
+#     each id 1,000 times on average,
+#       but below 300,000 tokens          --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.2 --epochs=10      3 minutes
+#       below 2 million tokens            --epochs=3                                              up to 12 minutes
+#     rarer ids, as in Chinese or a BBPE,
+#       below 3 million tokens            --epochs=2: a third pass overfits                       up to 15 minutes
+#     more than that                      nothing: 3,000 steps read 6 million tokens              12 to 15 minutes
+#     above 20 million tokens             --max_iters=20000; with a GPU rather config/train_novels.py        an hour
 #
 # Vocabulary: characters (--tokenizer=char) learn best where they suffice, from some hundred thousand of them on. A BBPE
 # can write any character, which a chat needs; give it about one id for 100 bytes of text, at most 8,192.
@@ -21,14 +24,14 @@ always_save_checkpoint = False  # sample from the best checkpoint, not the last
 
 data_order = 'epochs'  # every token equally often
 gradient_accumulation_steps = 1
-batch_size = 8  # small, so that ten minutes are enough for many steps
+batch_size = 8  # small, so that some minutes are enough for many steps
 block_size = 256  # tokens, a paragraph
 
 # 3 million parameters, and those of the vocabulary
 n_layer = 6
 n_head = 6
 n_embd = 192
-dropout = 0.0  # four passes are few enough
+dropout = 0.0  # two or three passes are few enough
 rope_theta = 10000.0
 norm = 'rmsnorm'
 activation = 'swiglu'

@@ -4,9 +4,9 @@
 #
 #     bash runs/chat.sh my.txt conversations.jsonl [preferences.jsonl] [config/laptop.py] [--key=value ...]
 #
-# It takes about 15 minutes on two CPU cores, and 10 more with preferences. Without preferences it stops after
-# instruction tuning; collect some with chat.py --rate. Pretraining uses config/own_text.py, overlaid by the config files
-# given; the settings at the end are passed to every train.py.
+# It takes 10 to 25 minutes on two CPU cores, by the size of the text, and 10 more with preferences. Without these it
+# stops after instruction tuning; collect some with chat.py --rate. Pretraining uses config/own_text.py, overlaid by the
+# config files given; the settings at the end are passed to every train.py.
 # Three variables may stand before the command. NAME=...: the folders are data/assistant-text, data/assistant,
 # out-assistant-base, out-assistant, ..., with this word instead of assistant. VOCAB_SIZE=...: ids of the tokenizer (an
 # id for 100 bytes of text, at most 4,096). CONTEXT=...: tokens in a row (256).
@@ -47,15 +47,15 @@ folders=" data/$name-text out-$name-base data/$name out-$name out-$name-reward o
 size=$(find "$text" -type f -exec cat {} + | wc -c)
 vocab_size=${VOCAB_SIZE:-$((size > 409600 ? 4096 : size < 30000 ? 300 : size / 100))}
 context=${CONTEXT:-256}
-echo "about 15 minutes on two CPU cores${preferences:+, and 10 more for the preferences}; writes data/$name* and out-$name*"
+echo "10 to 25 minutes on two CPU cores${preferences:+, and 10 more for the preferences}; writes data/$name* and out-$name*"
 
 prepare "data/$name-text" data/any_text/prepare.py \
     --input="$text" --name="$name-text" --tokenizer=bbpe --vocab_size="$vocab_size"
 prepare "data/$name" data/chat/prepare.py \
     "${inputs[@]}" --tokenizer="data/$name-text" --name="$name" --max_tokens="$context"
 
-if [ ${#overlays[@]} = 0 ] && [ $# = 0 ] && [ "$(wc -c < "data/$name-text/train.bin")" -lt 3000000 ]; then
-    overlays=(--epochs=4)  # a short text: see the table in config/own_text.py
+if [ ${#overlays[@]} = 0 ] && [ $# = 0 ] && [ "$(wc -c < "data/$name-text/train.bin")" -lt 6000000 ]; then
+    overlays=(--epochs=2)  # a short text: see the table in config/own_text.py
 fi
 stage 'pretraining' "out-$name-base" config/own_text.py ${overlays[@]+"${overlays[@]}"} \
     --dataset="$name-text" --block_size="$context" "$@"
