@@ -31,7 +31,7 @@ checksum() {  # of a file, of the weights of a run, of the tokens of a dataset, 
 check_inputs() {  # arguments: folder, its inputs now. Exits unless the folder is new, or was made from these inputs
     local folder=$1
     local inputs=$2
-    local changes
+    local changes later
     if [ -e "$folder/inputs.txt" ]; then
         [ "$inputs" != "$(cat "$folder/inputs.txt")" ] || return 0
         changes=$(diff "$folder/inputs.txt" <(echo "$inputs") || true)  # diff exits with 1 where they differ
@@ -42,7 +42,8 @@ check_inputs() {  # arguments: folder, its inputs now. Exits unless the folder i
     else
         return 0
     fi
-    echo "$0: $folder $changes; to begin anew: remove it and those made from it by 'rm -rf $folder ${folders#* "$folder" }'," \
+    later=${folders#* "$folder" }
+    echo "$0: $folder $changes; to begin anew: remove it and those made from it by 'rm -rf $folder ${later% }'," \
         "or choose other folders by NAME=..." >&2
     exit 1
 }
