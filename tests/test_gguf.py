@@ -76,6 +76,7 @@ class Llama:
         headers = {'Content-Type': 'application/json', 'Host': 'here'}
         self.connection.request('POST', route, json.dumps(content), headers)
         answer = json.loads(self.connection.getresponse().read())
+        self.connection.close()  # the server would, after five seconds; the next request opens it again
         assert 'error' not in answer, answer
         return answer
 
