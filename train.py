@@ -1,13 +1,8 @@
 """
-Train a GPT: on a CPU, on one GPU, or on many.
+Train a GPT: on a CPU, on one GPU, or on many (several machines: docs/operations.md).
 
     python train.py config/train_shakespeare_char.py                            # whatever this machine has
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py      # 8 GPUs of one machine
-
-On two machines, on the first and on the second (prepend NCCL_IB_DISABLE=1 where there is no InfiniBand):
-
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=123.456.123.456 --master_port=1234 train.py
-    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=123.456.123.456 --master_port=1234 train.py
 """
 import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
 
@@ -18,11 +13,10 @@ import signal
 import uuid
 
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from core.device import catch_signals, check_memory, reseed, setup, shapes_only, to_device, try_compile, warn_if_slow
-from core.distributed import all_reduce, check_same_on_all_ranks, full_tensor, print_errors_once, shard, shutdown
-from core.files import find, quoted
+from core.distributed import all_reduce, average_gradients, check_same_on_all_ranks, full_tensor, shard, shutdown
+from core.files import find
 from core.text.dataset import fingerprint, open_dataset
 from core.training import progress, run_folder, settings
 from core.training.evaluation import evaluate
@@ -109,7 +103,6 @@ device = 'auto'  # cuda, else mps, else cpu; or a name, e.g. 'cpu', 'cuda:1'
 dtype = 'auto'  # bfloat16 if the hardware is fast at it, else float16 on CUDA, float32 elsewhere; or a name
 compile = True  # use torch.compile: slower to start, then faster; falls back to eager with a warning
 # ---------------------------------------------------------------------------------------------------------------------
-print_errors_once()
 EXTRA_SETTINGS = ('core.weights.lora',)  # modules whose settings are settings of this script too
 config, config_given = {}, {}  # filled by the next line: all settings; those of the command line alone
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
@@ -179,11 +172,8 @@ width_factor = (768 / model.config.n_embd)**0.5 if config['n_embd'] == 0 else 1.
 learning_rate *= width_factor
 min_lr *= width_factor
 tokens_per_iter = total_rows * block_size
-rows_in_epoch = data.splits['train'] / block_size
-if data.kind:  # documents, packed into rows
-    rows_in_epoch = len(objective_module.fixed(data, 'train', -1, block_size))
-max_iters, lr_decay_iters = settings.run_length(
-    config, config_given, model, tokens_per_iter, rows_in_epoch / total_rows)
+epoch_rows = settings.count_rows(data, objective_module, block_size)
+max_iters, lr_decay_iters = settings.run_length(config, config_given, model, tokens_per_iter, epoch_rows / total_rows)
 config.update({key: getattr(model.config, key) for key in settings.ARCHITECTURE})  # save the values that are used
 config.update(learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, lr_decay_iters=lr_decay_iters)
 
@@ -234,10 +224,7 @@ checkpoint = weights_source = None  # free the memory
 network = model  # computes the training loss; evaluation and samples use `model`
 if compile and training:
     network = try_compile(model, micro_rows, block_size, env, bool(data.kind))
-if env.ddp and not env.sharded:
-    device_ids = [env.device] if env.device_type == 'cuda' else None
-    network = DDP(network, device_ids=device_ids)
-    network.broadcast_buffers = False  # they never change; as an argument it is deprecated in PyTorch 2.13
+network = average_gradients(network, env)  # does nothing unless there are several ranks with full models
 
 
 def get_lr(it):
@@ -280,7 +267,7 @@ def state():
 
 # --- 8. the training loop
 print(progress.describe_run(
-    env, data, micro_steps, micro_rows, block_size, total_rows, max_iters if training else None, rows_in_epoch))
+    env, data, micro_steps, micro_rows, block_size, total_rows, max_iters if training else None, epoch_rows))
 if env.device_type == 'cpu' and training:
     warn_if_slow(model.flops_per_token() * tokens_per_iter * (max_iters - iter_num), env)
 log = Log(out_dir, objective_module.MEASURES, iter_num, config, run_id) if training and env.master else None
@@ -334,7 +321,7 @@ while True:
 
     total_loss = 0.0
     for i, batch in enumerate(batches):
-        if isinstance(network, DDP):
+        if env.ddp and not env.sharded:
             network.require_backward_grad_sync = i == len(batches) - 1  # average gradients once a step
         with env.ctx():
             loss = objective_module.loss(network, to_device(batch, env))
@@ -388,7 +375,6 @@ if log:
 if training and env.master and iter_num >= max_iters:
     save_weights(out_dir)
 if saver.saved:
-    script = 'chat.py' if data.kind else 'sample.py'
-    next_command = '' if model.config.reward else f'python {script} --out_dir={quoted(out_dir)}'
-    print(progress.describe_end(iter_num - first_iter, clock.elapsed(), skipped, saver, best_val_loss, next_command))
+    script = '' if model.config.reward else 'chat.py' if data.kind else 'sample.py'
+    print(progress.describe_end(iter_num - first_iter, clock.elapsed(), skipped, saver, best_val_loss, script))
 shutdown(env, 130 if signals.signal == signal.SIGINT else 0)

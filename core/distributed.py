@@ -3,12 +3,12 @@ import datetime
 import hashlib
 import os
 import sys
-import time
 import uuid
 import warnings
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 # --- FSDP
 
@@ -58,36 +58,18 @@ def all_gather_like(part, other):
         part, other.device_mesh, other.placements, shape=other.shape, stride=other.stride())
     return sharded.full_tensor()
 
+# --- DDP
+
+
+def average_gradients(network, env):
+    """Return the network, wrapped by DDP if there are several ranks and each has the full model."""
+    if not env.ddp or env.sharded:
+        return network
+    network = DDP(network, device_ids=[env.device] if env.device_type == 'cuda' else None)
+    network.broadcast_buffers = False  # they never change; as an argument it is deprecated in PyTorch 2.13
+    return network
+
 # --- start, collectives, exit
-
-
-def print_errors_once():
-    """From now on a rank other than 0 is slow to write to stderr; see PatientStderr."""
-    if os.environ.get('RANK', '0') != '0':
-        sys.stderr = PatientStderr(sys.stderr)
-
-
-class PatientStderr:
-    """
-    A stderr that waits for two seconds before it writes, and for six in all. An error that all ranks share, such as an
-    impossible setting, ends rank 0 at once; torchrun then kills the other ranks before they print it too.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.patience = 6.0  # seconds
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def isatty(self):
-        return False  # no progress bars
-
-    def write(self, text):
-        seconds = min(2.0, self.patience)
-        self.patience -= seconds
-        time.sleep(seconds)
-        return self.stream.write(text)
 
 
 def fresh_rendezvous(rank, world_size):

@@ -1,11 +1,13 @@
 """
 Every script imports this before all else. It exits with one line if Python is too old, if packages are missing, or if
-Ctrl-C interrupts the imports. Python 3.8 can read this file, and the scripts.
+Ctrl-C interrupts the imports; under torchrun an error of all ranks is printed once. Python 3.8 can read this file, and
+the scripts.
 """
 import os
 import re
 import signal
 import sys
+import time
 
 from core.files import ROOT
 
@@ -47,9 +49,34 @@ def end_imports():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class PatientStderr:
+    """
+    A stderr that waits for two seconds before it writes, and for six in all. An error that all ranks share, such as an
+    impossible setting, ends rank 0 at once; torchrun then kills the other ranks before they print it too.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.patience = 6.0  # seconds
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def isatty(self):
+        return False  # no progress bars
+
+    def write(self, text):
+        seconds = min(2.0, self.patience)
+        self.patience -= seconds
+        time.sleep(seconds)
+        return self.stream.write(text)
+
+
 if sys.version_info < (3, 10):
     sys.exit(f'StoneGPT needs Python 3.10 or newer, and this is {sys.version.split()[0]}; take a newer one: '
              f'{INSTALL.format(python="python3.12")} (or: make demo PYTHON=python3.12)')
 sys.excepthook = explain
+if os.environ.get('RANK', '0') != '0':  # set by torchrun
+    sys.stderr = PatientStderr(sys.stderr)
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell ignores Ctrl-C
     signal.signal(signal.SIGINT, interrupt_import)

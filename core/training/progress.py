@@ -6,6 +6,8 @@ import time
 
 from tqdm import tqdm
 
+from core.files import quoted
+
 SILENCE = 10  # seconds after which something is printed
 
 
@@ -110,7 +112,7 @@ def describe_evaluation(step, numbers):
     return f'step {step}: ' + ', '.join(fields)
 
 
-def describe_end(steps, elapsed, skipped, saver, best_val_loss, next_command):
+def describe_end(steps, elapsed, skipped, saver, best_val_loss, script):
     """Return the last line of a run: its steps, time, checkpoints and best loss, and the command to try next."""
     parts = [f'{steps} steps in {elapsed}']
     if skipped:
@@ -121,5 +123,5 @@ def describe_end(steps, elapsed, skipped, saver, best_val_loss, next_command):
     if math.isfinite(best_val_loss):
         parts.append(f'best validation loss {best_val_loss:.4f}')
     parts.append(f'checkpoints in {saver.out_dir}')
-    hint = f'; now: {next_command}' if next_command else ''
+    hint = f'; now: python {script} --out_dir={quoted(saver.out_dir)}' if script else ''
     return ', '.join(parts) + hint

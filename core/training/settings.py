@@ -79,6 +79,13 @@ def check_against_checkpoint(model, origin, config, given):
                      'leave it out, or train another network with --init_from=scratch and another --out_dir')
 
 
+def count_rows(data, objective_module, block_size):
+    """Return the rows in an epoch: of tokens without a gap, or into which documents are packed."""
+    if data.kind:
+        return len(objective_module.fixed(data, 'train', -1, block_size))
+    return data.splits['train'] / block_size
+
+
 def run_length(config, given, model, tokens_per_iter, steps_in_epoch):
     """
     Return max_iters and lr_decay_iters as numbers of steps. Epochs count unless the command line gives max_iters; the
