@@ -164,7 +164,7 @@ def print_loss(model, text, env):
             n_context = torch.from_numpy(first_counted - window_start)
             Y[torch.arange(T) < n_context[:, None]] = -1
             batch = [x.to(env.device) for x in (X, Y, *document)]
-            sums += next_token.measure(model, batch, text.dataset).double().cpu()
+            sums += next_token.measure(model, batch, text.dataset).cpu().double()
     (nats, n_tokens), (bits, n_bytes), (_, n_chars) = sums.tolist()
     seconds = time.perf_counter() - started
     loss = nats / n_tokens

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from core.device import to_device
 from core.distributed import all_reduce
 from core.training.progress import show_progress
 from core.weights.checkpoint import load_reference, refuse_reward_model
 from objectives import reward
-from objectives.reward import divisor, draw, fixed, ranked_right  # noqa: F401  # part of this objective
+from objectives.reward import draw, fixed, ranked_right  # noqa: F401  # part of this objective
 
 beta = 0.1  # how strongly the model is held to the reference: higher stays closer
 label_smoothing = 0.0  # share of pairs assumed to be labelled the wrong way round (https://ericmitchell.ai/cdpo.pdf)
@@ -60,24 +61,31 @@ def reference_logps(model, data, split, config, env):
     print(f'the log-probabilities of {2 * len(pairs):,} answers ({split}) by the reference model ...', flush=True)
     begins = range(env.rank * batch_size, len(pairs), env.world_size * batch_size)
     for i in show_progress(begins, f'reference, {split}'):
-        batch = reward.load(data, split, pairs[i:i + batch_size], config['block_size'])
+        numbers = pairs[i:i + batch_size]
+        X, Y, document, _ = reward.load(data, split, numbers, config['block_size'])
         with env.ctx():
-            logps[i:i + batch_size] = answer_logps(model, *(x.to(env.device) for x in batch)).cpu()
+            part = answer_logps(model, *to_device((X, Y, document), env), len(numbers))
+        logps[i:i + batch_size] = part.cpu()
     return all_reduce(logps, env).float()
 
 
-def answer_logps(model, X, Y, document):
-    """Return the log-probabilities (pairs, 2) of the packed answers of a batch."""
+def answer_logps(model, X, Y, document, n_pairs):
+    """Return the log-probabilities (n_pairs, 2) of the packed answers of a batch."""
     token_logps = -model(X, Y, document)  # (rows, T), 0 where there is no target
-    sums = torch.zeros(int(document.max()) + 1, device=X.device)
+    sums = torch.zeros(2 * n_pairs + 1, device=X.device)  # the last one is padding
     sums = sums.index_add(0, document.flatten(), token_logps.flatten())
-    n_pairs = int(divisor((X, Y, document)))
-    return sums[:2 * n_pairs].view(-1, 2)  # without padding, which has a number of its own
+    return sums[:-1].view(-1, 2)
 
 
 def load(data, split, pairs, block_size, context):
     """Return the batch (X, Y, document, reference_logps) of the pairs with these indices (n,)."""
-    return *reward.load(data, split, pairs, block_size), context.logps[split][pairs]
+    X, Y, document, _ = reward.load(data, split, pairs, block_size)
+    return X, Y, document, context.logps[split][pairs]
+
+
+def divisor(batch):
+    """Return the number of pairs."""
+    return len(batch[3])
 
 
 def margins(logps, reference_logps):
@@ -99,7 +107,8 @@ def losses(margin):
 def loss(model, batch):
     """Return the summed loss of the pairs."""
     X, Y, document, reference_logps = batch
-    return losses(margins(answer_logps(model, X, Y, document), reference_logps)).sum()
+    logps = answer_logps(model, X, Y, document, len(reference_logps))
+    return losses(margins(logps, reference_logps)).sum()
 
 
 def measure(model, batch, data, context):
@@ -111,14 +120,14 @@ def measure(model, batch, data, context):
     The reference's log-probabilities are computed anew: those of the batch were computed in other rows
     and differ by rounding, so that a model that equals the reference would not have margins of 0.
     """
-    X, Y, document, _ = batch
-    reference_logps = answer_logps(context.reference_model, X, Y, document)
-    margin = margins(answer_logps(model, X, Y, document), reference_logps)
+    X, Y, document, saved_logps = batch
+    n_pairs = len(saved_logps)
+    reference_logps = answer_logps(context.reference_model, X, Y, document, n_pairs)
+    margin = margins(answer_logps(model, X, Y, document, n_pairs), reference_logps)
     is_chosen = is_last_answer(Y, document) & (document % 2 == 0)
     logps = next_token_logps(model, X, document, is_chosen)
     kl = (logps.exp() * (logps - next_token_logps(context.reference_model, X, document, is_chosen))).sum()
-    sums = torch.stack([losses(margin).sum(), ranked_right(margin), beta * margin.sum(), kl]).double().cpu()
-    n_pairs = len(margin)
+    sums = torch.stack([losses(margin).sum(), ranked_right(margin), beta * margin.sum(), kl]).cpu().double()
     divisors = torch.tensor([n_pairs, n_pairs, n_pairs, is_chosen.sum()], dtype=torch.float64)
     return torch.stack([sums, divisors], dim=1)
 

@@ -4,9 +4,10 @@ A reward model: which of two answers is better, learned from pairs by the logist
 replaces the one for the vocabulary. The reward of an answer is this output at the token that ends it.
 Only differences are learned, so the zero point means nothing.
 
-A batch is (X, Y, document), each (rows, T) int64: whole answers with their prompts, several packed into
-a row. `document` says which answer of the batch a token belongs to. Even numbers are chosen answers,
-the odd number after each is the rejected one of the same pair, and padding has the number of answers.
+A batch is (X, Y, document, ends). The first three are (rows, T) int64: whole answers with their prompts, several
+packed into a row. `document` says which answer of the batch a token belongs to. Even numbers are chosen answers,
+the odd number after each is the rejected one of the same pair, and padding has the number of answers. `ends` (answers,)
+says where in the flattened rows each answer ends.
 """
 import sys
 
@@ -53,26 +54,27 @@ def fixed(data, split, rows, block_size):
 
 
 def load(data, split, pairs, block_size, context=None):
-    """Return the batch (X, Y, document) of the pairs with these indices (n,)."""
+    """Return the batch (X, Y, document, ends) of the pairs with these indices (n,)."""
     documents = np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel()  # chosen, rejected, chosen, ...
-    return pack_documents(data, split, documents, block_size)
+    return with_ends(*pack_documents(data, split, documents, block_size))
+
+
+def with_ends(X, Y, document):
+    """Return the packed answers (X, Y, document) and `ends` (answers,)."""
+    where = (Y != -1).flatten().nonzero().squeeze(1)  # positions of targets, in ascending order
+    last_target = torch.zeros(int(document.max()) + 1, dtype=torch.int64)
+    last_target.scatter_reduce_(0, document.flatten()[where], where, 'amax')
+    n = int(document.flatten()[where].max()) + 1  # answers; padding has no target
+    return X, Y, document, last_target[:n] + 1  # as an input the token that ends an answer stands one position later
 
 
 def divisor(batch):
     """Return the number of pairs."""
-    _, Y, document = batch[:3]
-    return (document[Y != -1].max() + 1) // 2
+    return len(batch[3]) // 2
 
 
-def rewards(model, X, Y, document):
-    """Return the rewards (n,) of the n packed answers of a batch."""
-    is_target = Y != -1
-    n = int(document[is_target].max()) + 1
-    flat_positions = torch.arange(Y.numel(), device=Y.device)
-    target_positions = torch.where(is_target.flatten(), flat_positions, -1)
-    last_target = target_positions.new_zeros(int(document.max()) + 1)
-    last_target.scatter_reduce_(0, document.flatten(), target_positions, 'amax')
-    ends = last_target[:n] + 1  # the target is the token that ends the answer; as an input it stands one position later
+def rewards(model, X, Y, document, ends):
+    """Return the rewards (answers,) of the packed answers of a batch."""
     return model(X, None, document).float().flatten()[ends]
 
 

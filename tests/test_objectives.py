@@ -211,7 +211,7 @@ def test_reward_loss(folder):
     assert reward.measure(model, batch, data)[1].tolist() == [2.5, 5]  # so no answer is better than the other
     torch.nn.init.normal_(model.lm_head.weight)
     margin = reward.margins(model, batch)
-    X, _, document = batch
+    X, _, document, _ = batch
     end = end_of_turn(data.tokenizer)
     scores = []
     for i in range(10):
@@ -221,7 +221,8 @@ def test_reward_loss(folder):
     scores = torch.stack(scores)
     torch.testing.assert_close(margin, scores[::2] - scores[1::2])
     torch.testing.assert_close(reward.loss(model, batch), torch.log1p(torch.exp(-margin)).sum())
-    swapped = batch[0], batch[1], torch.where(document < 10, document ^ 1, document)
+    swapped = X, batch[1], torch.where(document < 10, document ^ 1, document)
+    swapped = reward.with_ends(*swapped)
     torch.testing.assert_close(reward.margins(model, swapped), -margin)
     assert reward.measure(model, batch, data)[1].tolist() == [(margin > 0).sum().item(), 5]
 

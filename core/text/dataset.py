@@ -290,9 +290,9 @@ def windows(data, split, starts, block_size):
     ends = np.array(data.ends[split])
     end = ends[np.searchsorted(ends, positions[:, 0], side='right')][:, None]  # (rows, 1), of the row's folder
     tokens, mask = read_tokens(data, split, np.minimum(positions, end - 1))
-    x = tokens[:, :-1]
+    x = np.ascontiguousarray(tokens[:, :-1])  # copies of arrays with gaps make the host wait for the GPU
     is_target = mask & (positions < end) & (positions <= starts[:, None] + block_size)
-    y = np.where(is_target, tokens, -1)[:, 1:]
+    y = np.where(is_target[:, 1:], tokens[:, 1:], -1)
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
