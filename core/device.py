@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from core import startup
-from core.distributed import fresh_rendezvous
+from core.distributed import all_reduce, average_gradients, fresh_rendezvous
 
 # --- device, precision, process group, seed
 
@@ -297,34 +297,40 @@ def training_memory(model, rows, T, env):
 
 def try_compile(model, rows, T, env, packed=False):
     """
-    Compile the model and try it on one batch (rows, T). Return the compiled model. If compiling fails (no C++ compiler,
-    no Triton) or the gradients are wrong, print a warning and return the model itself.
+    Compile the model, wrap it with average_gradients() and try it on one batch (rows, T). Return the network. If
+    compiling fails on a rank (no C++ compiler, no Triton) or the gradients are wrong, print a warning and return the
+    model itself, wrapped.
 
+    The trial goes through the wrapper: for DDP torch.compile splits the graph, so that gradients are averaged while the
+    backward pass goes on, and it does so only then.
     packed: a batch has a third tensor, the document of each token.
     """
     if is_miscompiled(model, env):
         print('warning: not compiled: for RoPE on heads of 64 or 128 channels in bfloat16 on a CPU, torch.compile '
               'computes wrong gradients (seen with PyTorch 2.13); heads of 32 or 96 are fine (--head_size=32)')
-        return model
+        return average_gradients(model, env)
     print('compiling the model... (takes about a minute, the next time some seconds; --compile=False starts at once)',
           flush=True)
     started = time.perf_counter()
+    problem = None
     try:
-        compiled = torch.compile(model)
-        batch = trial_batch(rows, T, model.config.vocab_size, env.device, packed)
-        with env.ctx():
-            compiled(*batch).mean().backward()
+        network = average_gradients(torch.compile(model), env)
+        without_others = getattr(network, 'no_sync', nullcontext)  # of DDP: a rank that fails must not stop the others
+        with without_others(), env.ctx():
+            network(*trial_batch(rows, T, model.config.vocab_size, env.device, packed)).mean().backward()
         check_gradients(model)
-        print(f'compiled in {time.perf_counter() - started:.0f} s', flush=True)
-        return compiled
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, dist.DistError):
         raise
     except Exception as error:
-        first_line = str(error).strip().partition('\n')[0][:120]
-        print(f'warning: torch.compile does not work here ({type(error).__name__}: {first_line}); going on without it')
-        return model
+        problem = f'{type(error).__name__}: ' + str(error).strip().partition('\n')[0][:120]
     finally:
         model.zero_grad(set_to_none=True)
+    if not all_reduce([problem is not None], env).item():
+        print(f'compiled in {time.perf_counter() - started:.0f} s', flush=True)
+        return network
+    print(f'warning: torch.compile does not work here ({problem or "on another rank"}); going on without it')
+    network = None  # frees DDP's hooks
+    return average_gradients(model, env)
 
 
 def is_miscompiled(model, env):
@@ -335,9 +341,9 @@ def is_miscompiled(model, env):
 
 
 def trial_batch(rows, T, vocab_size, device, packed):
-    """Return a batch for try_compile(), with the strides of real batches: for others it would compile once more."""
-    tokens = torch.arange(rows * (T + 1), device=device).view(rows, T + 1) % vocab_size
-    X, Y = tokens[:, :-1], tokens[:, 1:]  # (rows, T)
+    """Return a batch for try_compile(): contiguous like real ones; for others it would compile once more."""
+    X = torch.arange(rows * T, device=device).view(rows, T) % vocab_size
+    Y = X.roll(-1, dims=1)
     if packed:
         return X, Y, torch.zeros_like(Y)
     return X, Y
@@ -406,7 +412,8 @@ def is_lost_process(error_type, error):
 
 
 def to_device(batch, env):
-    """Copy the tensors of a batch to the device. On CUDA, copies from pinned memory overlap with computation."""
-    if env.device_type == 'cuda':
-        batch = [x.pin_memory() for x in batch]
-    return [x.to(env.device, non_blocking=True) for x in batch]
+    """
+    Copy the tensors of a batch to the device. On CUDA the copy waits for nothing if the tensors are in pinned memory.
+    Not on MPS, where it may read memory that is already used again (https://github.com/pytorch/pytorch/issues/189690).
+    """
+    return [x.to(env.device, non_blocking=env.device_type == 'cuda') for x in batch]

@@ -65,7 +65,8 @@ def average_gradients(network, env):
     """Return the network, wrapped by DDP if there are several ranks and each has the full model."""
     if not env.ddp or env.sharded:
         return network
-    network = DDP(network, device_ids=[env.device] if env.device_type == 'cuda' else None)
+    device_ids = [env.device] if env.device_type == 'cuda' else None
+    network = DDP(network, device_ids=device_ids, gradient_as_bucket_view=True)  # gradients are not copied
     network.broadcast_buffers = False  # they never change; as an argument it is deprecated in PyTorch 2.13
     return network
 
@@ -109,6 +110,20 @@ def fresh_rendezvous(rank, world_size):
             acknowledged = is_set(answer) and store.get(answer).decode() == own_id
         store.set(f'{prefix}/heard/{rank}', own_id)
     return {'store': dist.PrefixStore(prefix, store), 'rank': rank, 'world_size': world_size}
+
+
+def stack_on_device(numbers, env):
+    """Return these numbers, plain ones or tensors () on the device, as a float32 tensor (n,) on the device."""
+    return torch.stack([x.float() if torch.is_tensor(x) else torch.full((), float(x), device=env.device)
+                        for x in numbers])
+
+
+def sum_on_device(numbers, env):
+    """Return the sums of these numbers over all ranks; see stack_on_device(). The host does not wait for them."""
+    total = stack_on_device(numbers, env)
+    if env.ddp:
+        dist.all_reduce(total)
+    return total
 
 
 def all_reduce(numbers, env):

@@ -168,7 +168,7 @@ def test_compiled_gradients(style, packed):
     batch = random_batch(97)
     if packed:
         batch = (*batch, torch.arange(16).expand(4, 16) // 5)
-    env = SimpleNamespace(device='cpu', device_type='cpu', dtype='float32', ctx=nullcontext)
+    env = SimpleNamespace(device='cpu', device_type='cpu', dtype='float32', ctx=nullcontext, ddp=False)
     compiled = try_compile(model, 4, 16, env, packed)
     if compiled is model:
         pytest.skip('no compiler here')
