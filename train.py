@@ -6,6 +6,7 @@ Train a GPT: on a CPU, on one GPU, or on many (several machines: docs/operations
 """
 import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
 
+import gc
 import importlib
 import math
 import os
@@ -15,13 +16,14 @@ import uuid
 import torch
 
 from core.device import catch_signals, check_memory, reseed, setup, shapes_only, to_device, try_compile, warn_if_slow
-from core.distributed import all_reduce, average_gradients, check_same_on_all_ranks, full_tensor, shard, shutdown
+from core.distributed import average_gradients, check_same_on_all_ranks, full_tensor, shard, shutdown, sum_on_device
 from core.files import find
 from core.text.dataset import fingerprint, open_dataset
 from core.training import progress, run_folder, settings
 from core.training.evaluation import evaluate
-from core.training.log import Log, spike_detector
+from core.training.log import Log
 from core.training.optimizer import configure_optimizer
+from core.training.pipeline import Unread, load_ahead, pin
 from core.training.samples import encode_prompts, show_batch, show_samples
 from core.training.saver import Saver, save_weights
 from core.weights.checkpoint import build_model, describe, load_model
@@ -221,10 +223,11 @@ if training:
 checkpoint = weights_source = None  # free the memory
 
 # --- 7. compile, and average gradients over the ranks
-network = model  # computes the training loss; evaluation and samples use `model`
 if compile and training:
     network = try_compile(model, micro_rows, block_size, env, bool(data.kind))
-network = average_gradients(network, env)  # does nothing unless there are several ranks with full models
+else:
+    network = average_gradients(model, env)  # does nothing unless there are several ranks with full models
+# `network` computes the training loss; evaluation and samples use `model`
 
 
 def get_lr(it):
@@ -241,6 +244,16 @@ def get_lr(it):
         decay_ratio = (it - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
         coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
     return min_lr + coeff * (learning_rate - min_lr)
+
+
+def load_batches(step):
+    """
+    Return this rank's micro-batches of a step. They depend only on (seed, step), so a resumed run repeats exactly what
+    an uninterrupted one would have done, and a step is the same on any number of ranks.
+    """
+    starts = objective_module.draw(data, total_rows, block_size, seed, step, data_order)
+    return [pin(objective_module.load(data, 'train', starts[i:i + micro_rows], block_size, context), env)
+            for i in range(env.rank * rows, (env.rank + 1) * rows, micro_rows)]
 
 
 def state():
@@ -273,13 +286,17 @@ if env.device_type == 'cpu' and training:
 log = Log(out_dir, objective_module.MEASURES, iter_num, config, run_id) if training and env.master else None
 saver = Saver(out_dir, env, log, keep_last, background_save, resumed_from=checkpoint_path, step=iter_num)
 signals = catch_signals(eval_only)
-spike = spike_detector()
 if training:
     saver.reserve(state())
 first_iter = iter_num
 eval_windows = eval_iters * batch_size if eval_iters > 0 else -1
-clock = progress.StepClock(iter_num)
-status = progress.StatusLine()
+# targets and tokens of a step differ between ranks, unless the rows of a text are drawn at random
+same_divisor = env.world_size == 1 or (objective == 'next_token' and not data.kind and data_order == 'random')
+steps = load_ahead(load_batches, iter_num, getattr(objective_module, 'LOADS_AHEAD', True))
+unread = Unread(env)  # the numbers of steps that a GPU may still be computing
+gc.freeze()  # Python's garbage collector need not look at all this again
+flops_per_token = None if model.lora else model.flops_per_token()  # it counts full training
+report = progress.StepReports(iter_num, max_iters, log_interval, log, env, flops_per_token)
 while True:
     last = iter_num >= max_iters
     if iter_num % eval_interval == 0 or last or eval_only:
@@ -294,26 +311,24 @@ while True:
             if best:
                 best_val_loss = numbers['val_loss']
             saver.save(state(), best)
-        clock.restart(iter_num)
+        report.clock.restart(iter_num)
     if prompts and env.master and (iter_num % sample_interval == 0 or iter_num == first_iter or last):
         show_samples(model, data, prompts, sample_tokens, iter_num, out_dir, env)
-        clock.restart(iter_num)
+        report.clock.restart(iter_num)
     if last or eval_only:
         break
 
-    # The batch depends only on (seed, step) and dropout only on (seed, step, rank), so a resumed run repeats exactly
-    # what an uninterrupted one would have done, and the batch is the same on any number of ranks.
-    starts = objective_module.draw(data, total_rows, block_size, seed, iter_num, data_order)
+    batches = next(steps)
     if dropout:
         reseed((seed * 1_000_003 + iter_num) * 1009 + 1 + env.rank, env)
-    batches = [objective_module.load(data, 'train', starts[i:i + micro_rows], block_size, context)
-               for i in range(env.rank * rows, (env.rank + 1) * rows, micro_rows)]
     if prompts and iter_num == first_iter:
         show_batch(batches[0], data.tokenizer)
-    local_divisor = sum(int(objective_module.divisor(batch)) for batch in batches)
-    local_tokens = sum(batch[0].numel() for batch in batches)
-    divisor, tokens = all_reduce([local_divisor, local_tokens], env).tolist()  # of the step, over all ranks
-    divisor = max(divisor, 1)  # a step without targets has loss 0
+    divisor = sum(int(objective_module.divisor(batch)) for batch in batches)
+    tokens = sum(batch[0].numel() for batch in batches)
+    if same_divisor:
+        divisor, tokens = max(1, divisor * env.world_size), tokens * env.world_size  # of the step, over all ranks
+    else:
+        divisor, tokens = sum_on_device([divisor, tokens], env).clamp(min=1)  # a step without targets has loss 0
     for group in opt.param_groups:
         group['lr'] = get_lr(iter_num) * group.get('lr_scale', 1.0)
         if group.get('rule') == 'muon':  # its momentum warms up: early gradients are soon out of date
@@ -328,42 +343,32 @@ while True:
         scaler.scale(loss * (env.world_size / divisor)).backward()  # DDP averages over ranks, and we want the sum
         total_loss += loss.detach()
     scaler.unscale_(opt)
-    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)).item()
-    save_due = env.master and saver.is_due(iter_num + 1, save_interval, save_minutes)
-    # one all-reduce: the loss (sum), a signal (any rank), a save that is due (rank 0)
-    lossf, stop, save_due = all_reduce([total_loss.item() / divisor, signals.signal or 0, save_due], env).tolist()
-    if math.isfinite(lossf) and (scaler.is_enabled() or math.isfinite(grad_norm)):  # the scaler skips fp16 overflows
-        scaler.step(opt)
-    elif skipped < skip_nonfinite:
-        skipped += 1
-        print(f'warning: step {iter_num} is left out: the loss is {lossf}, the gradient norm {grad_norm} '
-              f'({skipped} of skip_nonfinite={skip_nonfinite})', flush=True)
-    else:
-        saver.exit_on_nonfinite(iter_num, lossf, grad_norm, resuming)
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+    save_due = env.master and saver.minutes_passed(save_minutes)
+    # over all ranks: the loss (sum), a signal (any rank), a save that is due (rank 0)
+    loss, any_signal, any_save = sum_on_device([total_loss / divisor, signals.signal or 0, save_due], env)
+    opt.step(skip=~(loss.isfinite() & grad_norm.isfinite()))
     scaler.update()
     opt.zero_grad()
-
-    dt = clock.mean(iter_num + 1)
-    seconds_left = dt * (max_iters - iter_num - 1)
-    if iter_num % log_interval == 0 or clock.is_silent():
-        clock.restart(iter_num + 1)
-        numbers = {'loss': lossf, 'lr': opt.param_groups[0]['lr'], 'grad_norm': grad_norm}
-        numbers.update(ms=dt * 1000, tokens_per_s=tokens / dt)
-        if env.peak_flops and not model.lora:  # flops_per_token() counts full training, so no MFU with LoRA
-            numbers['mfu'] = model.flops_per_token() * tokens / dt / env.peak_flops / env.world_size
-        print(progress.describe_step(iter_num, numbers, seconds_left), flush=True)
-        if log:
-            log(iter_num, numbers)
-    status.show(iter_num, max_iters, lossf, seconds_left)
-    mean_before = spike(lossf)
-    if mean_before is not None:
-        print(f'warning: step {iter_num}: the loss jumped to {lossf:.4f}, '
-              f'from {mean_before:.4f} in the steps before', flush=True)
+    line_due = report.is_line_due(iter_num)
+    unread.add((iter_num, line_due, opt.param_groups[0]['lr']), [loss, grad_norm, tokens, any_signal, any_save],
+               needed=env.ddp or line_due or report.status.is_due())
     iter_num += 1
-    evaluation_saves = iter_num % eval_interval == 0 or iter_num >= max_iters
-    if stop or (save_due and not evaluation_saves):
+
+    evaluates = iter_num % eval_interval == 0 or iter_num >= max_iters
+    saves = save_interval and iter_num % max(1, save_interval // 2) == 0  # so a crash loses at most save_interval
+    samples = prompts and iter_num % sample_interval == 0
+    stops = False
+    while unread.is_ready(evaluates or saves or samples or stops or (not env.ddp and (signals.signal or save_due))):
+        step, line_due, lr, lossf, grad_norm, tokens, any_signal, any_save = unread.read()
+        stops, saves = stops or any_signal, saves or any_save
+        if not math.isfinite(lossf) or not (scaler.is_enabled() or math.isfinite(grad_norm)):  # fp16 may overflow
+            skipped = saver.leave_out(step, lossf, grad_norm, skipped, skip_nonfinite, resuming)
+        numbers = {'loss': lossf, 'lr': lr, 'grad_norm': grad_norm}
+        report(step, line_due, numbers, tokens)
+    if stops or (saves and not evaluates):
         saver.save(state(), wait=save_interval == 1)
-    if stop:
+    if stops:
         option = '' if init_from in ('resume', 'auto') else ' with --init_from=resume'
         print(f'stopping at step {iter_num}; to go on: the same command{option}')
         break
@@ -376,5 +381,5 @@ if training and env.master and iter_num >= max_iters:
     save_weights(out_dir)
 if saver.saved:
     script = '' if model.config.reward else 'chat.py' if data.kind else 'sample.py'
-    print(progress.describe_end(iter_num - first_iter, clock.elapsed(), skipped, saver, best_val_loss, script))
+    print(progress.describe_end(iter_num - first_iter, report.clock.elapsed(), skipped, saver, best_val_loss, script))
 shutdown(env, 130 if signals.signal == signal.SIGINT else 0)

@@ -36,6 +36,9 @@ from another one.
         What a checkpoint must hold so that start() can restore the context: a dict of plain values and
         CPU tensors. Every rank calls it.
 
+    LOADS_AHEAD = False
+        Only if load() needs the model as it is at that step (grpo does). Otherwise a step's batch is loaded in a thread
+        while the step before is computed.
     MEASURES
         The names of what measure() returns. The first is 'loss', by which best.pt is chosen.
     settings

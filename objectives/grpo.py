@@ -41,6 +41,7 @@ reward = ''  # a reward model (a checkpoint or the folder of a run), or a functi
 reference = ''  # the model of the KL penalty, a checkpoint or the folder of a run; '': the model of --init_from
 
 MEASURES = ('loss', 'reward', 'kl', 'length', 'finished')
+LOADS_AHEAD = False
 
 # ----------------------------------------------------------------------------- set-up
 
@@ -127,7 +128,7 @@ def judge_by_model(data, env, block_size):
 
     @torch.no_grad()
     def judge(prompts, answers, finished):
-        batch = pack(with_targets(prompts, answers), block_size)
+        batch = reward_objective.with_ends(*pack(with_targets(prompts, answers), block_size))
         with env.ctx():
             return reward_objective.rewards(model, *(x.to(env.device) for x in batch)).tolist()
     return judge

@@ -1,6 +1,7 @@
 """Shared by the tests: scripts run inside this process (which imports torch once), a tiny dataset and a tiny model."""
 import contextlib
 import functools
+import gc
 import io
 import os
 import runpy
@@ -71,6 +72,7 @@ def run_script(script, *args, cwd=None):
     finally:
         sys.argv, sys.path[:], sys.excepthook = argv, path, excepthook
         os.chdir(folder)
+        gc.unfreeze()  # train.py's objects go with it, and so does its lock of the run's folder
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())

@@ -63,16 +63,24 @@ class Optimizer:
             self.state += [new_state(p) for p in group['params']]
 
     @torch.no_grad()
-    def step(self):
+    def step(self, skip=None):
+        """
+        Update the parameters. skip: a bool tensor (); nothing changes, step counts included, if it is True. On CUDA the
+        host does not wait to know it. None: False.
+        """
+        if skip is not None and not skip.is_cuda:
+            if skip:
+                return
+            skip = None
         start = 0
         for group in self.param_groups:
             end = start + len(group['params'])
             states = self.state[start:end]
             start = end
             if group['rule'] == 'muon':
-                muon_step(group, states)
+                muon_step(group, states, skip)
             elif states:
-                adamw_step(group, states)
+                adamw_step(group, states, skip)
 
     def zero_grad(self):
         for p in self.params:
@@ -124,8 +132,8 @@ def has_fused_adamw(p):
     return p.device.type in ('cuda', 'cpu')
 
 
-def adamw_step(group, states):
-    """Update the parameters of a group, on each rank its shards."""
+def adamw_step(group, states, skip):
+    """Update the parameters of a group, on each rank its shards. skip: see Optimizer.step(), or None."""
     params = group['params']
     beta1, beta2 = group['betas']
     adamw(
@@ -144,6 +152,7 @@ def adamw_step(group, states):
         beta2=beta2,
         weight_decay=group['weight_decay'],
         eps=1e-8,
+        found_inf=None if skip is None else skip.float(),  # the kernel changes nothing if it is 1
     )
 
 # --- Muon
@@ -153,14 +162,14 @@ def muon_state(p):
     return {'momentum_buffer': torch.zeros_like(p)}
 
 
-def muon_step(group, states):
+def muon_step(group, states, skip):
     params = group['params']
     grads = [to_local(p.grad) for p in params]
     buffers = [to_local(state['momentum_buffer']) for state in states]
-    muon(params, group['parts'], grads, buffers, group['lr'], group['momentum'], group['weight_decay'])
+    muon(params, group['parts'], grads, buffers, group['lr'], group['momentum'], group['weight_decay'], skip)
 
 
-def muon(params, parts, grads, buffers, lr, momentum, weight_decay):
+def muon(params, parts, grads, buffers, lr, momentum, weight_decay, skip=None):
     """
     Update matrices by one step of Muon (Jordan et al. 2024: https://kellerjordan.github.io/posts/muon). The update is
     the orthogonal matrix nearest to the Nesterov momentum, so every direction moves by the same amount, and one
@@ -169,7 +178,10 @@ def muon(params, parts, grads, buffers, lr, momentum, weight_decay):
     parts: for each parameter the row counts of the matrices stacked in it. Each of these is updated separately.
     grads, buffers: under FSDP this rank's shards. Momenta are gathered to be orthogonalised, and each rank adds its
         part of the update to its shard.
+    skip: a bool tensor () on the device: nothing may change if it is True. None: False.
     """
+    if skip is not None:
+        grads = [torch.where(skip, buffer, grad) for grad, buffer in zip(grads, buffers)]  # then lerp changes nothing
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     momenta = torch._foreach_lerp(grads, buffers, momentum)
     # The updates are added to the parameter itself or, if it is sharded, to a full matrix of zeros.
@@ -182,10 +194,14 @@ def muon(params, parts, grads, buffers, lr, momentum, weight_decay):
             matrices.append(matrix)
             matrix_momenta.append(matrix_momentum)
 
-    torch._foreach_mul_([to_local(p) for p in params], 1 - lr * weight_decay)
+    decay = 1 - lr * weight_decay
+    torch._foreach_mul_([to_local(p) for p in params], decay if skip is None else torch.where(skip, 1.0, decay))
     for (n_rows, n_columns), (matrices, matrix_momenta) in batches.items():
         scale = max(1.0, n_rows / n_columns) ** 0.5
-        torch._foreach_add_(matrices, orthogonalize_list(matrix_momenta), alpha=-lr * scale)
+        updates = orthogonalize_list(matrix_momenta)
+        if skip is not None:
+            torch._foreach_mul_(updates, (~skip).float())
+        torch._foreach_add_(matrices, updates, alpha=-lr * scale)
     for p, target in zip(params, targets):
         if target is not p:
             to_local(p).add_(shard_like(target, p))
@@ -195,22 +211,22 @@ def orthogonalize_list(matrices):
     """Orthogonalise matrices of one shape. Each rank computes a share of them, and the results are gathered."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
-        return list(orthogonalize(torch.stack(matrices)))
+        return list(orthogonalize(torch.stack(matrices)).to(matrices[0].dtype))
     share = math.ceil(len(matrices) / world_size)
     first = dist.get_rank() * share
     mine = matrices[first:first + share]
     padding = [torch.zeros_like(matrices[0])] * (share - len(mine))  # the last ranks may have fewer
     mine = orthogonalize(torch.stack(mine + padding))
-    gathered = mine.new_empty(world_size * share, *mine.shape[1:])
+    gathered = mine.new_empty(world_size * share, *mine.shape[1:])  # in bf16 it is half as much to send
     # all_gather_into_tensor is the name before PyTorch 2.13
     all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
     all_gather(gathered, mine)
-    return list(gathered[:len(matrices)])
+    return list(gathered[:len(matrices)].to(matrices[0].dtype))
 
 
 def orthogonalize(matrices, steps=5):
     """
-    Return approximately the orthogonal matrices nearest to matrices (K, m, n), in bf16 if the hardware is fast at it.
+    Return approximately the orthogonal matrices nearest to matrices (K, m, n), as bf16 if the hardware is fast at it.
 
     Newton-Schulz steps of fifth order with the coefficients of Jordan et al. bring the singular values to between about
     0.7 and 1.2, except those below 0.0015 of the norm.
@@ -225,4 +241,4 @@ def orthogonalize(matrices, steps=5):
         gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, gram, x, beta=3.4445)
     x = x if wide else x.transpose(1, 2)
-    return x.to(matrices.dtype).contiguous()
+    return x.contiguous()

@@ -7,6 +7,7 @@ import time
 from tqdm import tqdm
 
 from core.files import quoted
+from core.training.log import spike_detector
 
 SILENCE = 10  # seconds after which something is printed
 
@@ -57,12 +58,58 @@ class StatusLine:
             self.is_shown = False
         return self.stream.write(text)
 
+    def is_due(self):
+        return self.is_terminal and time.perf_counter() - self.since > 0.2
+
     def show(self, step, max_iters, loss, seconds_left):
-        if self.is_terminal and time.perf_counter() - self.since > 0.2:
+        if self.is_due():
             self.write(f'iter {step} of {max_iters}: loss {loss:.4f}, left {as_time(seconds_left)}')
             self.stream.flush()
             self.is_shown = True
             self.since = time.perf_counter()
+
+
+class StepReports:
+    """
+    Prints and logs what the steps have found: a line every `log_interval` steps and after ten seconds of silence, the
+    status line, and a warning when the loss jumps.
+    flops_per_token: of training; None: MFU is not shown.
+    """
+
+    def __init__(self, step, max_iters, log_interval, log, env, flops_per_token):
+        self.clock = StepClock(step)
+        self.status = StatusLine()
+        self.spike = spike_detector()
+        self.max_iters = max_iters
+        self.log_interval = log_interval
+        self.log = log
+        self.flops_per_s = env.peak_flops and env.peak_flops * env.world_size
+        self.flops_per_token = flops_per_token
+
+    def is_line_due(self, step):
+        return step % self.log_interval == 0 or self.clock.is_silent()
+
+    def __call__(self, step, line_due, numbers, tokens):
+        """
+        Report a step. Call this for every step, in order.
+        line_due: is_line_due() when the step was launched. numbers: {name: number}, 'loss' among them.
+        """
+        dt = self.clock.mean(step + 1)
+        seconds_left = dt * (self.max_iters - step - 1)
+        if line_due:
+            self.clock.restart(step + 1)
+            numbers.update(ms=dt * 1000, tokens_per_s=tokens / dt)
+            if self.flops_per_s and self.flops_per_token:
+                numbers['mfu'] = self.flops_per_token * tokens / dt / self.flops_per_s
+            print(describe_step(step, numbers, seconds_left), flush=True)
+            if self.log:
+                self.log(step, numbers)
+        loss = numbers['loss']
+        self.status.show(step, self.max_iters, loss, seconds_left)
+        mean_before = self.spike(loss)
+        if mean_before is not None:
+            print(f'warning: step {step}: the loss jumped to {loss:.4f}, from {mean_before:.4f} in the steps before',
+                  flush=True)
 
 
 def show_progress(items, what):

@@ -151,17 +151,20 @@ class Saver:
         if self.failures > 1 or (self.failures and last):
             sys.exit(self.reason)
 
-    def is_due(self, step, interval, minutes):
-        """
-        Whether to save at this step: every half of `interval` steps, so that a crash loses at most `interval`, or when
-        so many minutes have passed since the last checkpoint. 0: never.
-        """
-        if interval and step % max(1, interval // 2) == 0:
-            return True
+    def minutes_passed(self, minutes):
+        """Whether so many minutes have passed since the last checkpoint; 0: never."""
         return minutes > 0 and time.perf_counter() - self.saved_at > minutes * 60
 
-    def exit_on_nonfinite(self, step, loss, grad_norm, resuming):
-        """Finish writing, then exit with a line about a loss or gradient that is not finite."""
+    def leave_out(self, step, loss, grad_norm, skipped, skip_nonfinite, resuming):
+        """
+        Count a step that was not applied because its loss or gradient is not finite: return skipped + 1. If that is
+        more than skip_nonfinite, finish writing and exit.
+        """
+        skipped += 1
+        if skipped <= skip_nonfinite:
+            print(f'warning: step {step} is left out: the loss is {loss}, the gradient norm {grad_norm} '
+                  f'({skipped} of skip_nonfinite={skip_nonfinite})', flush=True)
+            return skipped
         self.wait()
         if not self.env.master:
             sys.exit(1)
