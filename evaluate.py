@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.device import explain, setup
+from core.device import explain, setup, to_device
 from core.files import find
 from core.inference.scoring import harness, multiple_choice, read_choices
 from core.text.dataset import open_dataset
 from core.text.tokenizer import load_tokenizer
+from core.training.pipeline import pin
 from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer
 from core.weights.quantize import prepare_for_inference
 from objectives import next_token
@@ -155,7 +156,7 @@ def print_loss(model, text, env):
     windows = windows_of(text, T, step)
     if len(windows) == 0:
         sys.exit(f'{text.name}: no tokens')
-    sums = torch.zeros(3, 2, dtype=torch.float64)
+    found = []
     started = time.perf_counter()
     with torch.no_grad():
         for i in tqdm(range(0, len(windows), batch_size), disable=None, leave=False):
@@ -163,8 +164,9 @@ def print_loss(model, text, env):
             X, Y, *document = text.read(window_start, T)
             n_context = torch.from_numpy(first_counted - window_start)
             Y[torch.arange(T) < n_context[:, None]] = -1
-            batch = [x.to(env.device) for x in (X, Y, *document)]
-            sums += next_token.measure(model, batch, text.dataset).cpu().double()
+            batch = to_device(pin((X, Y, *document), env), env)
+            found.append(next_token.measure(model, batch, text.dataset))  # read at the end: no batch waits for it
+    sums = torch.stack(found).cpu().double().sum(dim=0)
     (nats, n_tokens), (bits, n_bytes), (_, n_chars) = sums.tolist()
     seconds = time.perf_counter() - started
     loss = nats / n_tokens

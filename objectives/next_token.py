@@ -178,6 +178,12 @@ def measure(model, batch, data, context=None):
     targets = Y.clamp(min=0)
     total = model(*batch).sum()
     total_bits = total / math.log(2)
-    n_bytes = (data.token_bytes.to(Y.device)[targets] * is_target).sum()
-    n_chars = (data.token_chars.to(Y.device)[targets] * is_target).sum()
+    n_bytes = (on_device(data.token_bytes, Y.device)[targets] * is_target).sum()
+    n_chars = (on_device(data.token_chars, Y.device)[targets] * is_target).sum()
     return torch.stack([total, is_target.sum(), total_bits, n_bytes, total_bits, n_chars]).view(3, 2)
+
+
+@functools.lru_cache(maxsize=4)
+def on_device(table, device):
+    """Return this table on the device. It is copied once, not for every batch."""
+    return table.to(device)

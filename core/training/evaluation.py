@@ -3,6 +3,7 @@ import torch
 
 from core.device import to_device
 from core.distributed import all_reduce
+from core.training.pipeline import pin
 from core.training.progress import show_progress
 
 EVAL_LOGITS = 2**18  # logits per rank and batch: small models evaluate many rows at once
@@ -23,15 +24,17 @@ def evaluate(objective_module, model, data, context, n_rows, micro_rows, block_s
     results = {}
     for split in splits:
         starts = objective_module.fixed(data, split, n_rows, block_size)
-        sums = torch.zeros(len(objective_module.MEASURES), 2, dtype=torch.float64)  # sum and divisor of each measure
+        found = []  # sum and divisor of each measure (measures, 2), of every batch; read at the end, so no batch waits
         for i in show_progress(range(0, len(starts), at_once), f'evaluation, {split}'):
             mine = starts[i + env.rank:i + at_once:env.world_size]
             # a rank without rows still runs a forward pass: FSDP's collectives need every rank
             batch = objective_module.load(data, split, mine if len(mine) else starts[:1], block_size, context)
             with env.ctx():
-                numbers = objective_module.measure(model, to_device(batch, env), data, context).cpu()
+                numbers = objective_module.measure(model, to_device(pin(batch, env), env), data, context)
             if len(mine):
-                sums += numbers
+                found.append(numbers)
+        n_measures = len(objective_module.MEASURES)
+        sums = torch.stack(found).cpu().double().sum(dim=0) if found else torch.zeros(n_measures, 2)
         results[split] = all_reduce(sums, env).tolist()
     model.train()
 
