@@ -1,12 +1,12 @@
 """Attention, dropout and token losses against the plain PyTorch that they replace. The KV cache: test_generation.py."""
 import pytest
 import torch
-from test_model import STYLES, TINY, losses_and_gradients, random_batch
+from test_model import QWEN3, STYLES, TINY, losses_and_gradients, random_batch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import TokenLosses, attention, dropout, dropout_mask
+from kernels import TokenLosses, attention, dropout, dropout_mask, token_losses
 from model import GPT, GPTConfig
 
 # --- attention
@@ -188,3 +188,97 @@ def test_never_all_logits_in_fp32(recomputed, monkeypatch):
     embedding = 1000 * 32
     assert largest.numel_fp32 == embedding
     assert largest.numel == (embedding if recomputed else 64 * 1000)
+
+# --- token losses under torch.compile
+
+
+class Head(torch.nn.Module):
+    """A linear layer and the losses of its logits, some targets masked."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(6)
+        self.head = torch.nn.Linear(16, 97, bias=False)
+        self.x = torch.nn.Parameter(torch.randn(64, 16))
+        self.targets = torch.randint(97, (64,)).masked_fill(torch.arange(64) % 7 == 0, -1)
+        self.factors = torch.rand(64)
+        self.dtype = dtype
+
+    def forward(self):
+        return token_losses(self.x, self.head, self.targets, 97)
+
+    def results(self, backend):
+        """Return the losses, and the gradients of input and weight, compiled by this backend."""
+        torch._dynamo.reset()
+        network = torch.compile(self, backend=backend)
+        with torch.autocast('cpu', self.dtype, enabled=self.dtype != torch.float32):
+            losses = network()
+        return [losses, *torch.autograd.grad((losses * self.factors).sum(), [self.x, self.head.weight])]
+
+    def expected(self):
+        """Return the same by F.cross_entropy."""
+        with torch.autocast('cpu', self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.head(self.x)
+        losses = F.cross_entropy(logits.float(), self.targets, ignore_index=-1, reduction='none')
+        return [losses, *torch.autograd.grad((losses * self.factors).sum(), [self.x, self.head.weight])]
+
+
+def collect(graphs):
+    """Return a backend that appends the graphs of forward and backward pass to a list, and runs them as they are."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+    return aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+
+
+def computed(graphs):
+    """Return (name of the operation, shape) of all tensors that these graphs compute."""
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == 'call_function']
+    return [(str(node.target), tuple(node.meta['val'].shape)) for node in nodes
+            if isinstance(node.meta.get('val'), torch.Tensor)]
+
+
+@pytest.mark.parametrize('style, packed', [(TINY, False), (QWEN3, True)], ids=['gpt2', 'qwen3, documents'])
+def test_the_network_is_one_graph(style, packed):
+    """With fullgraph=True a break is an error."""
+    torch._dynamo.reset()
+    model = GPT(GPTConfig(**{**style, 'n_layer': 1}))
+    batch = (*random_batch(97), *[torch.arange(16).expand(4, 16) // 5] * packed)
+    losses = torch.compile(model, backend='eager', fullgraph=True)(*batch)
+    torch.testing.assert_close(losses, model(*batch), atol=1e-5, rtol=0)
+
+
+def test_compiled_losses_are_not_split(monkeypatch):
+    """The parts that fit a CPU's cache would be buffers of their own, in fp32, and each would be copied."""
+    graphs = []
+    monkeypatch.setattr(kernels, 'LOGITS_AT_ONCE', 1)
+    torch.testing.assert_close(Head().results(collect(graphs)), Head().expected())
+    operations = computed(graphs)
+    assert not any('split' in name or 'copy' in name for name, _ in operations)
+    assert {shape[0] for _, shape in operations if shape[1:] == (97,)} == {64, 16}  # logits, and the weight transposed
+
+
+def test_very_large_batches_are_not_compiled(monkeypatch):
+    """Of logits that are too large to be saved, no graph has any: they are computed in chunks."""
+    for n_tokens, any_logits in (20, False), (64, True):
+        monkeypatch.setattr(kernels, 'MAX_SAVED_BYTES', n_tokens * 97 * 2)  # 2 * 2 bytes each, as it is compiled
+        graphs = []
+        torch.testing.assert_close(Head().results(collect(graphs)), Head().expected())
+        assert any(97 in shape for _, shape in computed(graphs)) == any_logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('saved', [True, False])
+def test_compiled_losses_against_cross_entropy(dtype, saved, monkeypatch):
+    """By PyTorch's own compiler. Some targets are masked; each loss has a factor of its own."""
+    if not saved:
+        monkeypatch.setattr(kernels, 'MAX_SAVED_BYTES', 20 * 97)
+    head = Head(dtype=dtype)
+    found, expected = head.results('inductor'), head.expected()
+    assert (found[0][head.targets < 0] == 0).all()
+    for a, b in zip(found, expected):
+        assert (a - b).norm() <= (1e-2 if dtype == torch.bfloat16 else 1e-6) * b.norm()
