@@ -79,6 +79,8 @@ tied = True  # share one matrix between the token embedding and the output head
 n_kv_head = 0  # grouped-query attention (GQA): heads of keys and values, a divisor of n_head; 0: as many as n_head
 head_size = 0  # channels of a head; 0: n_embd / n_head
 n_inner = 0  # width inside the MLP; 0: 4 * n_embd, with a gate 8/3 * n_embd
+window = 0  # sliding window: a token attends to itself and the window - 1 tokens before it; 0: to all before it
+window_pattern = 'SSSL'  # layers with that window (S) and without (L), repeated over the layers
 gradient_checkpointing = False  # True: less memory for activations, a third more time
 parallel = 'ddp'  # each process has the full model; 'fsdp': shards, for models larger than one GPU
 # optimizer

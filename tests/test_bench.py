@@ -75,10 +75,13 @@ def test_batch(shakespeare_char):
 
 def test_attention(monkeypatch):
     monkeypatch.setattr('benchmarks.attention.SHAPES', [(2, 2, 16, 8), (1, 2, 256, 8)])
+    monkeypatch.setattr('benchmarks.attention.WINDOWS', [(1, 2, 16, 8, 4)])
     result = run_script('bench.py', '--what=attention', '--runs=1')
     assert (result.code, result.err) == (0, '')
     row = r'^\d+ x \d+ x \d+ x \d+ +(?:float32|bfloat16) +0\.[02](?: +[\d.]+){4}$'
     assert len(re.findall(row, result.out, re.MULTILINE)) == 2 * 2 * 2  # shapes, dtypes, dropouts
+    row = r'^1 x 2 x 16 x 8 +(?:float32|bfloat16) +4 +[\d.]+ +[\d.]+$'
+    assert len(re.findall(row, result.out, re.MULTILINE)) == 2
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ STYLES = {
     'llama, tied, gqa': dict(**MODERN, n_kv_head=2),
     'qwen3': dict(**MODERN, qk_norm=True, tied=False),
     'qwen3, tied, gqa, wide heads': dict(**MODERN, qk_norm=True, n_kv_head=1, head_size=16, norm_eps=1e-6),
+    'qwen3, windows': dict(**MODERN, qk_norm=True, n_kv_head=2, window=7, window_pattern='SLS', n_layer=4),
 }
 
 
@@ -84,6 +85,7 @@ def test_transformers_computes_the_same(style, tmp_path):
     assert torch.equal(text, peer.generate(idx[:, :8], **greedy)[:, 8:])
     assert len(text.unique()) > 8
     again = load_pretrained(str(tmp_path)).eval()
+    assert again.config.windows() == model.config.windows()
     if model.config.bias:
         assert torch.equal(again(idx), model(idx))
     else:
@@ -219,6 +221,8 @@ def test_shards(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('settings, names', [
+    (dict(window=8), ['window=8', 'window=0']),
+    (dict(**MODERN, window=8), ['window=8', 'qk_norm=False', 'window=0']),
     (dict(rope_theta=1e4), ['norm=layernorm', 'norm=rmsnorm', 'activation=gelu', 'bias=True']),
     (dict(**{**MODERN, 'bias': True}), ['bias=True']),
     (dict(norm='rmsnorm'), ['norm=rmsnorm', 'norm=layernorm']),

@@ -1,4 +1,6 @@
 """Writing token by token: the KV cache against the whole network, sampling against definitions, the sampling loop."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,9 @@ STYLES = {
     'gpt2, gqa': {**GPT2, 'n_kv_head': 2},
     'qwen3': QWEN3,
     'qwen3, gqa, untied': {**QWEN3, 'n_kv_head': 1, 'tied': False},
+    'gpt2, windows': {**GPT2, 'window': 6, 'window_pattern': 'SL'},
+    'qwen3, gqa, windows': {**QWEN3, 'n_kv_head': 2, 'window': 5, 'window_pattern': 'SSL'},
+    'qwen3, a window longer than the context': {**QWEN3, 'window': 99},
 }
 each_style = pytest.mark.parametrize('style', STYLES.values(), ids=STYLES)
 CHARS = char_tokenizer([chr(ord('a') + i) for i in range(V - 1)])
@@ -35,20 +40,16 @@ def new_model(style):
 # --- model.generate() and its cache
 
 def logits_without_cache(model, idx):
-    """Logits (B, V) after idx (B, any T): the whole network, under the mask of a sliding window of BLOCK tokens."""
+    """Logits (B, V) after idx (B, any T): the whole network, no layer attends to more than BLOCK tokens."""
     T = idx.size(1)
     if not model.config.rope_theta:
         return model(idx[:, -BLOCK:])[:, -1]
     ones = torch.ones(T, T, dtype=torch.bool)
-    window = ones.tril() & ~ones.tril(-BLOCK)
-
-    def attend(q, k, v, dropout):
-        return kernels.attention(q, k, v, mask=window[None, None])
-
     x = model.transformer.wte(idx)
     rope = model_file.rotary(T, model.config.head_size, model.config.rope_theta, 'cpu')
-    for block in model.transformer.h:
-        x = block(x, rope, attend)
+    for block, window in zip(model.transformer.h, model.config.windows()):
+        mask = ones.tril() & ~ones.tril(-min(window or BLOCK, BLOCK))
+        x = block(x, rope, partial(kernels.attention, mask=mask[None, None]))
     return model.lm_head(model.transformer.ln_f(x))[:, -1]
 
 
@@ -181,6 +182,16 @@ def test_the_cache_grows_with_the_text(monkeypatch):
     assert all(n == min(length, 700) or n - length < 256 and n <= 700 for length, n in sizes)
     assert sorted(set(slots)) == [9, 265, 521, 700]
 
+
+def test_layers_with_a_window_keep_no_more(monkeypatch):
+    """Of keys and values: after a prompt longer than the window, and after a short one that grows."""
+    monkeypatch.setattr(kernels, 'MIN_NEW_SLOTS', 2)
+    model, caches = new_model({**QWEN3, 'window': 5, 'window_pattern': 'SLS'}), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, 'hidden', lambda idx, cache: caches.append(cache) or hidden(idx, cache))
+    for start in (9, 2):
+        list(model.generate(torch.randint(V, (1, start)), 20))
+        assert [keys.size(2) for keys, _ in caches[-1].layers] == [5, BLOCK, 5]
 
 # --- sample_token() and the repetition penalty
 

@@ -403,6 +403,8 @@ def test_refusals(tmp_path, monkeypatch):
     assert 'layernorm' in exit_line(write_gguf, path, mixed, tok, 'f32', 'a model')
     letters = with_spec(char_tokenizer('ab'), added_tokens=[], vocab={'a': 0, 'b': 1})
     assert EOT in exit_line(write_gguf, path, network(letters), letters, 'f32', 'a model')
+    windows = network(tok, **MODERN, qk_norm=True, window=8)
+    assert 'window=8' in exit_line(write_gguf, path, windows, tok, 'f32', 'a model')
     with pytest.raises(OSError, match='nowhere'):
         write_gguf(tmp_path / 'nowhere' / 'x.gguf', network(tok), tok, 'f32', 'a model')
     monkeypatch.setitem(sys.modules, 'gguf', None)

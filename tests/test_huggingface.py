@@ -32,6 +32,12 @@ NETWORKS = {
     'qwen3': ('Qwen3', 'ForCausalLM', dict(**LLAMA, num_key_value_heads=4, head_dim=8, tie_word_embeddings=False)),
     'qwen3, tied, gqa, wide heads': (
         'Qwen3', 'ForCausalLM', dict(**LLAMA, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)),
+    'qwen3, windows': (
+        'Qwen3', 'ForCausalLM', dict(**LLAMA, num_key_value_heads=2, head_dim=8, use_sliding_window=True,
+                                     sliding_window=5, layer_types=['sliding_attention', 'full_attention'])),
+    'qwen3, windows above': (
+        'Qwen3', 'ForCausalLM', dict(**LLAMA, head_dim=8, num_key_value_heads=4, use_sliding_window=True,
+                                     sliding_window=3, max_window_layers=1)),
 }
 
 
@@ -128,7 +134,13 @@ def test_bf16(tmp_path):
     ('llama', {'rope_parameters': None, 'rope_scaling': {'type': 'linear', 'factor': 2.0}}, ["'rope_type': 'linear'"]),
     ('qwen3', {'attention_bias': True}, ["'attention_bias': True"]),
     ('llama', {'mlp_bias': True}, ["'mlp_bias': True"]),
-    ('qwen3', {'use_sliding_window': True}, ["'use_sliding_window': True"]),
+    ('llama', {'use_sliding_window': True}, ["'use_sliding_window': True"]),
+    ('qwen3', {'use_sliding_window': 1}, ['use_sliding_window=1', 'true or false']),
+    ('qwen3, windows', {'use_sliding_window': False}, ['use_sliding_window is not true']),
+    ('qwen3, windows', {'layer_types': ['sliding_attention']}, ['layer_types of 1 layers', 'num_hidden_layers=2']),
+    ('qwen3, windows', {'layer_types': ['full_attention', 'linear_attention']}, ['config.json', 'linear_attention']),
+    ('qwen3, windows', {'sliding_window': 0}, ['config.json', 'sliding_window=0']),
+    ('qwen3, windows', {'sliding_window': None}, ['config.json', "'sliding_window' is missing"]),
     ('llama', {'hidden_act': 'gelu'}, ["'hidden_act': 'gelu'"]),
     ('gpt2', {'activation_function': 'relu'}, ['relu']),
     ('gpt2', {'scale_attn_weights': False}, ["'scale_attn_weights': False"]),

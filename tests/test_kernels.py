@@ -6,7 +6,19 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import TokenLosses, attention, dropout, dropout_mask, token_losses
+import model as model_file
+from kernels import (
+    TokenLosses,
+    attention,
+    document_starts,
+    dropout,
+    dropout_mask,
+    flexible_attention,
+    key_blocks,
+    layer_attentions,
+    token_losses,
+    window_mask,
+)
 from model import GPT, GPTConfig
 
 # --- attention
@@ -59,8 +71,77 @@ def test_dropout_in_attention(T, monkeypatch):
 
 
 @pytest.mark.parametrize('blockwise', [False, True])
-def test_grouped_queries(blockwise):
-    """Query head h attends to keys and values of head h // 4: values and gradients against a loop over the heads."""
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('window', [1, 3, 16, 17, 40, 99])
+def test_windows(window, packed, blockwise, monkeypatch):
+    """
+    A token attends to itself and the window - 1 tokens before it, in its own document: values and gradients against
+    softmax under a dense mask, in fp64.
+    """
+    monkeypatch.setattr(kernels, 'ATTENTION_BLOCK', 16)
+    torch.manual_seed(3)
+    T = 40
+    q, k, v, gradient = torch.randn(4, 2, 3, T, 8, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    documents = (torch.rand(3, T) < 0.1).cumsum(dim=1)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    mask = (distance >= 0) & (distance < window) & torch.ones(3, 1, 1, dtype=torch.bool)
+    if packed:
+        mask &= documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+    attend, full = layer_attentions([window, 0], documents, documents if packed else None)
+    assert packed or full is attention
+    y = attend(*inputs, blockwise=blockwise)
+    plain = [x.clone().requires_grad_() for x in (q, k, v)]
+    scores = (plain[0] @ plain[1].transpose(2, 3) / 8**0.5).masked_fill(~mask, float('-inf'))
+    expected = scores.softmax(dim=-1) @ plain[2]
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(torch.autograd.grad(y, inputs, gradient), torch.autograd.grad(expected, plain, gradient)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('window', [0, 1, 128, 130, 999])
+@pytest.mark.parametrize('packed', [False, True])
+def test_blocks_that_are_not_skipped(packed, window):
+    """FlexAttention gets the blocks of 128 x 128 that have an allowed pair, and no others, in a row of 2.3 and of 5."""
+    from torch.nn.attention.flex_attention import BlockMask
+    torch.manual_seed(3)
+    for T in (300, 640):
+        documents = (torch.rand(3, T) < 0.01).cumsum(dim=1) if packed else None
+        blocks = key_blocks(window, torch.zeros(3, T), documents)
+        found = BlockMask.from_kv_blocks(*blocks, seq_lengths=(T, T)).to_dense().expand(3, -1, -1, -1)
+        allowed = window_mask(T, window, 'cpu').expand(3, T, T)
+        if packed:
+            allowed = allowed & (documents[:, :, None] == documents[:, None, :])
+        n = found.size(-1)
+        allowed = F.pad(allowed, (0, 128 * n - T) * 2).view(3, n, 128, n, 128)
+        assert torch.equal(found[:, 0].bool(), allowed.any(dim=4).any(dim=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('packed, window', [(True, 0), (True, 130), (False, 130)])
+def test_flexible_attention(packed, window):
+    """What GPUs compute with documents and windows, on the CPU, which has no backward pass for it."""
+    torch.manual_seed(3)
+    q, k, v = torch.randn(4, 3, 300, 16), *torch.randn(2, 2, 3, 300, 16)
+    documents = (torch.rand(3, 300) < 0.01).cumsum(dim=1) if packed else None
+    idx = torch.zeros(3, 300)
+    [expected] = layer_attentions([window], idx, documents)
+    found = flexible_attention(window, idx, documents)
+    torch.testing.assert_close(found(q, k, v), expected(q, k, v), atol=1e-5, rtol=0)
+
+
+def test_document_starts():
+    documents = torch.tensor([[4, 4, 0, 0, 0, 7], [1, 2, 3, 3, 9, 9]])
+    assert document_starts(documents).tolist() == [[0, 0, 2, 2, 2, 5], [0, 1, 2, 2, 4, 4]]
+
+
+@pytest.mark.parametrize('blockwise, flash', [(False, False), (False, True), (True, False)])
+def test_grouped_queries(blockwise, flash, monkeypatch):
+    """
+    Query head h attends to keys and values of head h // 4: values and gradients against a loop over the heads. flash:
+    keys and values are not repeated, as on GPUs.
+    """
+    monkeypatch.setattr(kernels, 'has_flash', lambda q: flash)
     torch.manual_seed(3)
     q, k, v = (torch.randn(n, 3, 16, 12, requires_grad=True) for n in (8, 2, 2))
     y = attention(q, k, v, blockwise=blockwise)
@@ -70,6 +151,51 @@ def test_grouped_queries(blockwise):
     gradient = torch.randn_like(y)
     for a, b in zip(torch.autograd.grad(y, (q, k, v), gradient), torch.autograd.grad(expected, (q, k, v), gradient)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+
+class Copies(TorchDispatchMode):
+    """Records the operations that copy a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('style', [TINY, QWEN3], ids=['gpt2', 'qwen3'])
+def test_no_copies_on_gpus(style, monkeypatch):
+    """There the attention layer copies nothing forward (on 'meta', which takes their path): not the output either."""
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda *args: False)  # 'meta' has none
+    with torch.device('meta'):
+        layer = GPT(GPTConfig(**style)).transformer.h[0].attn
+        x = torch.empty(2, 16, 32)
+        rope = torch.empty(2, 16, layer.head_size // 2) if style is QWEN3 else None
+
+    def flash(q, k, v, dropout):
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout, True)[0].transpose(0, 1)
+
+    with Copies() as copies, torch.no_grad():
+        layer(x, rope, flash)
+    assert not copies.names
+
+
+@STYLES
+def test_the_layout_changes_nothing(style, monkeypatch):
+    """Losses and gradients of queries, keys and values as they are on GPUs equal those of the CPUs' layout."""
+    torch.manual_seed(6)
+    model = GPT(GPTConfig(**style))
+    batch = random_batch(97)
+    expected = losses_and_gradients(model, *batch)
+    monkeypatch.setattr(model_file, 'HEADS_FIRST', ())
+    found = losses_and_gradients(model, *batch)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-4)
 
 # --- dropout
 

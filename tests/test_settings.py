@@ -22,7 +22,7 @@ GOOD = {
     'warmup_iters': 0, 'beta1': 0.9, 'beta2': 0.95, 'dropout': 0.0, 'cooldown': 0.4, 'max_iters': 10,
     'lr_decay_iters': 10, 'data_order': 'random', 'parallel': 'ddp', 'optimizer': 'adamw', 'schedule': 'cosine',
     'seed': 1337, 'epochs': 0.0, 'wandb_log': False, 'tensorboard_log': False, 'decay_lr': True, 'sample_interval': 0,
-    'sample_tokens': 100,
+    'sample_tokens': 100, 'window': 0, 'window_pattern': 'SSSL',
 }
 
 
@@ -50,6 +50,9 @@ GOOD = {
     ('data_order', 'sorted', 'random or epochs or documents'),
     ('parallel', 'zero', 'ddp or fsdp'),
     ('seed', 10**19, 'less than 2**32'),
+    ('window', -1, 'at least 0'),
+    ('window_pattern', '', 'S and L'),
+    ('window_pattern', 'SSM', 'S and L'),
     ('beta1', 1.0, '[0, 1)'),
     ('beta2', -0.5, '[0, 1)'),
     ('dropout', 1.0, '[0, 1)'),

@@ -8,12 +8,12 @@ from model import ACTIVATIONS, NORMS
 
 # settings of the network, saved in the checkpoint and restored from it
 ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'rope_theta', 'norm', 'activation', 'qk_norm',
-                'tied', 'n_kv_head', 'head_size', 'n_inner')
+                'tied', 'n_kv_head', 'head_size', 'n_inner', 'window', 'window_pattern')
 DERIVED_IF_0 = ('n_head', 'n_embd', 'n_kv_head', 'head_size', 'n_inner')  # 0: derived from the others
 
 AT_LEAST_1 = ('batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer', 'eval_interval', 'log_interval',
               'sample_tokens')
-AT_LEAST_0 = (*DERIVED_IF_0, 'rope_theta', 'sample_interval', 'save_interval', 'save_minutes', 'keep_last',
+AT_LEAST_0 = (*DERIVED_IF_0, 'rope_theta', 'window', 'sample_interval', 'save_interval', 'save_minutes', 'keep_last',
               'skip_nonfinite', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters',
               'epochs')
 CHOICES = {
@@ -39,6 +39,7 @@ def check_settings(config, given=()):
     expect(0 <= config['seed'] < 2**32, 'seed', 'at least 0 and less than 2**32')
     for key in ('beta1', 'beta2', 'dropout'):
         expect(0 <= config[key] < 1, key, 'a number in [0, 1)')
+    expect(set(config['window_pattern']) in ({'S'}, {'L'}, {'S', 'L'}), 'window_pattern', 'letters S and L, like SSSL')
     expect(0 <= config['cooldown'] <= 1, 'cooldown', 'a number in [0, 1]')
     for key in ('max_iters', 'lr_decay_iters'):
         expect(config[key] >= -1, key, 'at least 0, or -1 (see --help)')

@@ -223,6 +223,9 @@ def write_gguf(path, model, tokenizer, quant, name):
         sys.exit('gguf, which writes this format, is not installed: pip install gguf')
     config = model.config
     arch = architecture_of(config, name)
+    if any(config.windows()):
+        sys.exit(f'{name}: window={config.window}: llama.cpp has no sliding window for {arch}, expected window=0; '
+                 '--format=hf can express it')
     entries = {
         'general.name': name,
         'general.file_type': FILE_TYPES[quant],

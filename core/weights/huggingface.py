@@ -16,17 +16,23 @@ from model import GPT, GPTConfig
 
 # --- config.json
 
+LAYER_TYPES = {'S': 'sliding_attention', 'L': 'full_attention'}  # GPTConfig's window_pattern: Hugging Face's name
+
 # what the fields that are read here must be: (what, test, names)
 FIELDS = [
     ('a whole number from 1 to 2**31', lambda value: type(value) is int and 0 < value <= 2**31,
      ('vocab_size', 'n_positions', 'n_embd', 'n_inner', 'n_head', 'max_position_embeddings', 'num_attention_heads',
-      'num_key_value_heads', 'head_dim', 'hidden_size', 'intermediate_size')),
+      'num_key_value_heads', 'head_dim', 'hidden_size', 'intermediate_size', 'sliding_window')),
+    ('a whole number from 0 to 1,000', lambda value: type(value) is int and 0 <= value <= 1000, ('max_window_layers',)),
     ('a whole number from 1 to 1,000', lambda value: type(value) is int and 0 < value <= 1000,
      ('n_layer', 'num_hidden_layers')),
     ('a number above 0', lambda value: type(value) in (int, float) and 0 < value < math.inf,
      ('layer_norm_epsilon', 'rms_norm_eps', 'rope_theta')),
-    ('true or false', lambda value: type(value) is bool, ('tie_word_embeddings',)),
+    ('true or false', lambda value: type(value) is bool, ('tie_word_embeddings', 'use_sliding_window')),
     ('text', lambda value: type(value) is str, ('model_type', 'activation_function', 'rope_type', 'type')),
+    ('a list of full_attention and sliding_attention',
+     lambda value: type(value) is list and all(layer in tuple(LAYER_TYPES.values()) for layer in value),
+     ('layer_types',)),
     ('an object {...}', lambda value: type(value) is dict, ('rope_parameters', 'rope_scaling')),
 ]
 
@@ -94,7 +100,7 @@ def llama_config(hf, name):
         'hidden_act': 'silu',
         'attention_bias': False,
         'mlp_bias': False,
-        'use_sliding_window': False,
+        **({} if hf['model_type'] == 'qwen3' else {'use_sliding_window': False}),
     })
     rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}  # transformers 5 and 4
     rope_type = rope.get('rope_type', rope.get('type', 'default'))
@@ -102,6 +108,7 @@ def llama_config(hf, name):
         odd['rope_type'] = rope_type
     if odd:
         sys.exit(f'{name}: its config.json says {odd}, which this network does not have')
+    window, pattern = qwen3_window(hf, name)
     return GPTConfig(
         block_size=hf['max_position_embeddings'],
         vocab_size=hf['vocab_size'],
@@ -118,7 +125,26 @@ def llama_config(hf, name):
         rope_theta=float(rope.get('rope_theta', hf.get('rope_theta', 10000.0))),
         qk_norm=hf['model_type'] == 'qwen3',
         tied=hf.get('tie_word_embeddings', False),
+        window=window,
+        window_pattern=pattern,
     )
+
+
+def qwen3_window(hf, name):
+    """Return window and window_pattern of GPTConfig for a Qwen3's config.json (a dict). Exits on a contradiction."""
+    n_layer = hf['num_hidden_layers']
+    if 'layer_types' in hf:
+        types = hf['layer_types']
+    else:
+        n_full = hf['max_window_layers'] if hf.get('use_sliding_window') else n_layer  # the first ones
+        types = ['full_attention'] * min(n_full, n_layer) + ['sliding_attention'] * (n_layer - n_full)
+    if len(types) != n_layer:
+        sys.exit(f'{name}: its config.json says layer_types of {len(types)} layers, and num_hidden_layers={n_layer}')
+    if 'sliding_attention' not in types:
+        return 0, GPTConfig.window_pattern
+    if not hf.get('use_sliding_window'):
+        sys.exit(f'{name}: its config.json says layer_types with sliding_attention, and use_sliding_window is not true')
+    return hf['sliding_window'], ''.join('S' if kind == 'sliding_attention' else 'L' for kind in types)
 
 
 # model_type: reader of its config.json
@@ -140,12 +166,14 @@ def architecture_of(config, name):
             'n_kv_head': [config.n_head],
             'head_size': [config.n_embd / config.n_head],
         }
+    if not (config.rope_theta and config.qk_norm):
+        supported['window'] = [0]  # of these formats, Qwen3 alone has one
     odd = [key for key, values in supported.items() if getattr(config, key) not in values]
     if odd:
         found = ', '.join(f'{key}={getattr(config, key)}' for key in odd)
         expected = ', '.join(f'{key}={" or ".join(map(str, supported[key]))}' for key in odd)
         sys.exit(f'{name}: a network with {found} is none that other programs know: '
-                 f'with rope_theta={config.rope_theta} they want {expected}')
+                 f'with rope_theta={config.rope_theta}, qk_norm={config.qk_norm} they want {expected}')
     if not config.rope_theta:
         return 'gpt2'
     return 'qwen3' if config.qk_norm else 'llama'
@@ -172,6 +200,13 @@ def hf_config(config, name):
             'resid_pdrop': 0.0,
             'tie_word_embeddings': c.tied,
         }
+    windows = {}
+    if any(c.windows()):
+        windows = {
+            'use_sliding_window': True,
+            'sliding_window': c.window,
+            'layer_types': [LAYER_TYPES['S' if window else 'L'] for window in c.windows()],
+        }
     return {
         'architectures': [{'llama': 'LlamaForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}[arch]],
         'model_type': arch,
@@ -191,6 +226,7 @@ def hf_config(config, name):
         'mlp_bias': False,
         'attention_dropout': 0.0,
         'tie_word_embeddings': c.tied,
+        **windows,
     }
 
 # --- weights
