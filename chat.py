@@ -45,7 +45,7 @@ max_cache_gb = 0.0  # memory that the KV caches of all answers together may take
 max_body = 1048576  # largest request in bytes; larger ones get 413
 # the machine
 device = 'auto'  # 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto'  # of the weights: bfloat16 or float16 on CUDA, else float32; or a name; int8: one byte per weight
+dtype = 'auto'  # of the weights: bfloat16 or float16 on CUDA, else float32; or a name; int8: a byte per weight, on CPUs
 # ----------------------------------------------------------------------------------------------------------------------
 sys.excepthook = explain
 config, config_given = {}, {}  # filled by configurator.py: all settings, and those given on the command line

@@ -47,7 +47,7 @@ logprobs = False  # print each token's log-probability under the model (in nats,
 out = ''  # also write the samples to this file, one JSON object per line
 batch_size = 64  # samples per batch; all samples of a text are in the same batch
 device = 'auto'  # 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1', 'mps'
-dtype = 'auto'  # of the weights: bfloat16 or float16 on CUDA, else float32; or a name; int8: one byte per weight
+dtype = 'auto'  # of the weights: bfloat16 or float16 on CUDA, else float32; or a name; int8: a byte per weight, on CPUs
 compile = False  # torch.compile: takes up to a minute, and gains nothing on CPUs (docs/LOG.md)
 # ----------------------------------------------------------------------------------------------------------------------
 sys.excepthook = explain

@@ -32,7 +32,7 @@ def setup(device='auto', dtype='auto', backend='auto', seed=1337, training=False
         sharded (is the model sharded; set by the caller)
 
     device: 'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:1' or 'mps'
-    dtype: 'auto', 'float32', 'bfloat16' or 'float16'; without training also 'int8'
+    dtype: 'auto', 'float32', 'bfloat16' or 'float16'; without training on CPUs also 'int8'
     backend: of torch.distributed; 'auto': nccl on CUDA, else gloo
     Exits if the device or the dtype is not available.
     """
@@ -110,6 +110,8 @@ def choose_dtype(dtype, device_type, training):
         dtypes.append('int8')
     if dtype not in dtypes:
         sys.exit(f'dtype={dtype}: expected {", ".join(dtypes[:-1])} or {dtypes[-1]}')
+    if dtype == 'int8' and device_type != 'cpu':
+        sys.exit('dtype=int8: is for CPUs; on a GPU use --dtype=bfloat16')  # that converts weights all the time
     if dtype == 'float16' and device_type == 'cpu' and training:
         sys.exit('dtype=float16: CPUs train in bfloat16 or float32; use --dtype=auto')
     return dtype

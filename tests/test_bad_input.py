@@ -144,6 +144,14 @@ def test_no_cuda(tiny_data, tiny_run, tmp_path, monkeypatch, script):
     refuse(script, *args, '--device=cuda', names=['device=cuda', '--device=cpu'], folder=tmp_path)
 
 
+@pytest.mark.parametrize('script', ['sample.py', 'chat.py', 'evaluate.py'])
+def test_int8_on_a_gpu(tiny_run, monkeypatch, script):
+    """There it would be slower than bf16."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr('core.device.use_gpu', lambda device: None)
+    refuse(script, f'--out_dir={tiny_run}', '--device=cuda', '--dtype=int8', names=['dtype=int8', '--dtype=bfloat16'])
+
+
 def test_rows_for_three_processes(tiny_data, tmp_path, monkeypatch):
     """Four rows cannot be divided evenly among three processes."""
     for name, value in {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '3', 'MASTER_ADDR': '127.0.0.1'}.items():
@@ -422,7 +430,7 @@ def test_malformed_tokenizer_json(tmp_path, kind):
         tok = load_tokenizer(str(tmp_path))
         if not tok.unknown('abc'):
             tok.decode(tok.encode('abc'))
-        tok.can_follow([0])
+        assert tok.utf8_states
         tok.token_bytes()
     check_malformed(spec, tmp_path / 'tokenizer.json', read, ['model'])
 

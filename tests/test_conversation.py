@@ -145,5 +145,6 @@ def test_any_token_of_the_template_ends_a_reply(tokenizer, monkeypatch):
     assert len(names) == (3 if START in names else 5)
     for name in names:
         ids = [*tokenizer.encode('ab'), tokenizer.specials[name], *tokenizer.encode('c')]
-        monkeypatch.setattr(model, 'generate', lambda *args, ids=ids: iter(torch.tensor(ids)[:, None]))
+        logits = 99 * torch.eye(tokenizer.vocab_size)[ids]  # the network writes these
+        monkeypatch.setattr(model, 'generate', lambda idx, n, choose, *_, logits=logits: map(choose, logits[:, None]))
         assert list(stream_reply(model, tokenizer, [0], 30, 1)) == [('a', None), ('b', None), ('', 'stop')]

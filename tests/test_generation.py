@@ -4,10 +4,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import kernels
 import model as model_file
-from core.inference.generation import Continuation, continue_prompts, penalise_repetition, sample_token
+from core.inference.generation import Continuation, continue_prompts, penalise_repetition, sample_token, uniform_numbers
 from core.text.tokenizer import bpe_tokenizer, char_tokenizer
 from model import GPT, GPTConfig
 
@@ -58,7 +60,7 @@ def generate_greedily(model, idx, steps, **kwargs):
     all_logits = []
 
     def choose(logits):
-        all_logits.append(logits)
+        all_logits.append(logits.clone())
         return logits.argmax(dim=-1)
 
     tokens = list(model.generate(idx, steps, choose, **kwargs))
@@ -193,7 +195,125 @@ def test_layers_with_a_window_keep_no_more(monkeypatch):
         list(model.generate(torch.randint(V, (1, start)), 20))
         assert [keys.size(2) for keys, _ in caches[-1].layers] == [5, BLOCK, 5]
 
+
+# --- CUDA graphs
+
+class FakeGraph(TorchFunctionMode):
+    """
+    A CUDA graph on a CPU: the calls of a function, repeated on the same tensors. A number of the host is what it was,
+    and to read one of the device is refused.
+    """
+
+    def __init__(self):
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, '__name__', '')
+        assert name not in ('item', 'tolist', '__bool__', '__int__', '__float__', '__index__'), 'the host waits here'
+        out = function(*args, **(kwargs or {}))
+        outs = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(x)]
+        if outs:
+            self.calls.append((function, args, kwargs or {}, outs))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, outs in self.calls:
+            inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+            new = function(*args, **kwargs)
+            for old, x in zip(outs, new if isinstance(new, (tuple, list)) else [new]):
+                if old.untyped_storage().data_ptr() not in inputs:
+                    old.copy_(x)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Let CPUs capture their steps. Return the graphs."""
+    made = []
+
+    def fake(function):
+        made.append(FakeGraph())
+        function()
+        with made[-1]:
+            output = function()
+        return made[-1], output
+
+    monkeypatch.setattr(kernels, 'cuda_graph', fake)
+    monkeypatch.setattr(model_file, 'CAPTURED_ON', ('cpu',))
+    return made
+
+
+@each_style
+@pytest.mark.parametrize('kwargs', [{}, {'pads': torch.tensor([1, 0, 3]), 'copies': 2}], ids=['plain', 'padded copies'])
+def test_captured_steps(style, kwargs, monkeypatch, graphs):
+    """Tokens and logits are those of the steps themselves, while the cache grows, and beyond the context."""
+    monkeypatch.setattr(kernels, 'MIN_NEW_SLOTS', 6)
+    model, idx = new_model(style), torch.randint(V, (3, 4))
+    tokens, logits = generate_greedily(model, idx, BLOCK + 9, **kwargs)
+    assert len(graphs) == 2  # with 10 slots and with 16
+    monkeypatch.setattr(model_file, 'CAPTURED_ON', ())
+    expected_tokens, expected = generate_greedily(model, idx, BLOCK + 9, **kwargs)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('style', [GPT2, QWEN3], ids=['gpt2', 'qwen3'])
+def test_captured_steps_under_autocast(style, monkeypatch, graphs):
+    """In bf16, with weights in fp32."""
+    model, text = new_model(style).requires_grad_(), torch.randint(V, (8, 2))
+
+    def logits():
+        seen, tokens = [], iter(text)
+
+        def choose(logits):
+            seen.append(logits.clone())
+            return next(tokens)
+
+        with torch.autocast('cpu', torch.bfloat16):
+            list(model.generate(text[:3, :].T, 8, choose))
+        return torch.stack(seen)
+
+    captured = logits()
+    monkeypatch.setattr(model_file, 'CAPTURED_ON', ())
+    expected = logits()
+    assert len(graphs) == 1
+    assert (captured - expected).norm() < 0.02 * expected.norm()
+
+
+def test_steps_that_cannot_be_captured(monkeypatch, graphs, capsys):
+    """One warning, and the texts are the same."""
+    def fail(function):
+        function()
+        raise RuntimeError('not supported\nhere')
+
+    model = new_model(QWEN3)
+    expected = final_rows(model, CHARS, PROMPTS, 20, [1, 2, 3])
+    monkeypatch.setattr(kernels, 'cuda_graph', fail)
+    monkeypatch.setattr(kernels.CapturedStep, 'works', True)
+    for _ in range(2):
+        assert [row.ids for row in final_rows(model, CHARS, PROMPTS, 20, [1, 2, 3])] == [row.ids for row in expected]
+    err = capsys.readouterr().err
+    assert err.count('\n') == err.count('warning') == 1 and 'RuntimeError: not supported' in err
+
+
 # --- sample_token() and the repetition penalty
+
+def as_on_a_gpu(patch):
+    """Sample as on a GPU, where to read a number is to wait: refuse it, but for tolist(), and return its shapes."""
+    reads, tolist = [], torch.Tensor.tolist
+
+    def refuse(tensor):
+        raise AssertionError('the host waits here')
+
+    def count(tensor):
+        reads.append(tensor.shape)
+        return tolist(tensor)
+
+    patch.setattr('core.inference.generation.is_gpu', lambda device: True)
+    for name in ('item', '__bool__', '__int__', '__float__', '__index__'):
+        patch.setattr(torch.Tensor, name, refuse)
+    patch.setattr(torch.Tensor, 'tolist', count)
+    return reads
+
 
 @pytest.mark.parametrize('settings, expected', [
     ({}, [0.1, 0.2, 0.3, 0.4]),
@@ -230,8 +350,13 @@ def test_top_p_of_a_large_vocabulary(top_p, monkeypatch):
     torch.manual_seed(1)
     logits, uniform = 3 * torch.randn(50, 2000), torch.rand(50, 1)
     few = sample_token(logits, uniform, top_p=top_p)
-    monkeypatch.setattr('core.inference.generation.TOP_P_CANDIDATES', 2000)
-    assert torch.equal(few, sample_token(logits, uniform, top_p=top_p))
+    with monkeypatch.context() as patch:
+        patch.setattr('core.inference.generation.TOP_P_CANDIDATES', 2000)
+        assert torch.equal(few, sample_token(logits, uniform, top_p=top_p))
+    with monkeypatch.context() as patch:
+        as_on_a_gpu(patch)
+        sorted_all = sample_token(logits, uniform, top_p=top_p)
+    assert torch.equal(few, sorted_all)
 
 
 def test_repetition_penalty_is_that_of_transformers():
@@ -302,13 +427,30 @@ def test_top_logprobs():
     assert row.top_logprobs == [[]] * 5
 
 
-@pytest.mark.parametrize('temperature', [0, 1])
-def test_logits_that_are_not_finite(temperature):
-    """They are an error, whatever chooses the tokens, not a token."""
-    model = new_model(GPT2)
-    model.transformer.ln_f.weight[3] = float('nan')
+@pytest.mark.parametrize('settings', [{'temperature': 0}, {'top_k': 20}, {'top_p': 0.9}, {'min_p': 0.1}, {}], ids=str)
+@pytest.mark.parametrize('gpu', [False, True], ids=['one by one', 'in blocks'])
+@pytest.mark.parametrize('tokenizer', [CHARS, BYTES], ids=['characters', 'bytes'])
+def test_logits_that_are_not_finite(settings, gpu, tokenizer, monkeypatch):
+    """They are an error, whatever chooses the tokens, not a token; what comes before is returned."""
+    monkeypatch.setattr('core.inference.generation.is_gpu', lambda device: gpu)
+    model = new_model({**GPT2, 'vocab_size': tokenizer.vocab_size})
+    expected = final_rows(model, tokenizer, PROMPTS, 4, [1, 2, 3], **settings)
+    model.transformer.wpe.weight[8] = float('nan')  # five tokens of a prompt, three more, then this
+    steps = continue_prompts(model, tokenizer, PROMPTS, 30, [1, 2, 3], **settings)
     with pytest.raises(FloatingPointError, match='not finite.*weights.*dtype'):
-        final_rows(model, CHARS, PROMPTS, 5, [1, 2, 3], temperature=temperature, top_k=20)
+        while True:
+            rows = next(steps)
+    assert [row.ids for row in rows] == [row.ids for row in expected]
+
+
+def test_the_numbers_of_a_seed(monkeypatch):
+    """They are those that numpy draws one by one, in how many parts ever they are drawn and uploaded."""
+    monkeypatch.setattr('core.inference.generation.NUMBERS_AT_ONCE', 7)
+    numbers = uniform_numbers([3, [4, 5]], 'cpu')
+    drawn = torch.cat([next(numbers) for _ in range(30)], 1)
+    for row, seed in zip(drawn, (3, [4, 5])):
+        rng = np.random.default_rng(seed)
+        assert row.tolist() == [float(rng.random(1, dtype=np.float32)[0]) for _ in range(30)]
 
 
 def test_temperature_0_ignores_the_seed():
@@ -339,6 +481,32 @@ def test_rows_end_one_by_one():
         else:
             assert len(row.ids) == 30 and end_id not in row.ids and stop_text not in text
     assert {rows[0].finish_reason, rows[1].finish_reason} == {'end', 'stop'}
+
+
+def snapshots(*args, **kwargs):
+    """Return what every row is after every token."""
+    return [[(row.text(), row.finish_reason, [*row.ids], [*row.logprobs], [*row.top_logprobs]) for row in rows]
+            for rows in continue_prompts(*args, **kwargs)]
+
+
+@pytest.mark.parametrize('settings', [
+    {}, {'top_k': 5}, {'top_p': 0.9, 'top_logprobs': 3, 'with_logprobs': True},
+    {'repetition_penalty': 1.3, 'frequency_penalty': 0.5}], ids=str)
+def test_blocks_of_tokens(settings, monkeypatch):
+    """
+    A GPU's tokens are read in blocks of 1, 2, 4, 8 and then 16: six times in 47 tokens, and nothing else is read.
+    Rows end at the same tokens as one by one; what a block has after their end does not count.
+    """
+    model = new_model({**GPT2, 'vocab_size': BYTES.vocab_size})
+    args = model, BYTES, [[1, 2, 3], [4]], 47, [1, 2, 3, 4], 2
+    free = final_rows(*args, **settings)
+    settings = {'end_ids': [free[0].ids[20]], 'stop_texts': [free[1].text()[8:10]], **settings}
+    expected = snapshots(*args, **settings)
+    assert len({row[1] for row in expected[-1]}) > 1 and len(expected) == 47
+    with monkeypatch.context() as patch:
+        reads = as_on_a_gpu(patch)
+        assert snapshots(*args, **settings) == expected
+    assert [shape[:2] for shape in reads] == [(n, 4) for n in (1, 2, 4, 8, 16, 16)]
 
 
 def test_bytes_stay_valid_utf8():

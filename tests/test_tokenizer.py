@@ -169,26 +169,39 @@ def test_characters_of_each_token(bpe, char):
             assert counts[ids].sum() == len(tokenizer.decode(ids))
 
 
-def test_what_can_follow_is_what_stays_utf8(bpe, char):
-    """Compared with trying all bytes that could complete a character; a random walk through these ids decodes."""
+def test_utf8_states(bpe, char):
+    """
+    What may follow is what stays UTF-8, compared with trying all bytes that could complete a character; a token leads
+    to the state of its bytes; a random walk decodes.
+    """
     continuation = [b'\x80', b'\x90', b'\xa0', b'\xbf']
     ends = [b''.join(end) for n in range(4) for end in itertools.product(continuation, repeat=n)]
+    may_follow, next_state = bpe.utf8_states
+    byte_id = {piece[0]: i for i, piece in enumerate(bpe.pieces) if len(piece) == 1}
 
     def could_be_text(data):
         return any((data + end).decode('utf-8', 'replace').encode() == data + end for end in ends)
-    byte_id = {piece: i for i, piece in enumerate(bpe.pieces) if len(piece) == 1}
+
+    def state_after(data, state=0):
+        for byte in data:
+            assert may_follow[state, byte_id[byte]]
+            state = next_state[state, byte_id[byte]]
+        return state
+
     for character in 'aé石\u0800\ud7ff🙂\U0010ffff':
         data = character.encode()
         for n in range(len(data) + 1):
-            ids = [byte_id[data[i:i + 1]] for i in range(n)]
             expected = [could_be_text(data[:n] + piece) for piece in bpe.pieces]
-            assert bpe.can_follow(ids).tolist() == expected
+            assert may_follow[state_after(data[:n])].tolist() == expected
+    for state, i in np.argwhere(may_follow):
+        assert next_state[state, i] == state_after(bpe.pieces[i], state)
     random.seed(3)
-    ids = []
+    ids, state = [], 0
     for _ in range(2000):
-        ids.append(random.choice(np.flatnonzero(bpe.can_follow(ids)).tolist()))
+        ids.append(random.choice(np.flatnonzero(may_follow[state]).tolist()))
+        state = next_state[state, ids[-1]]
     assert '\ufffd' not in bpe.decode(ids)[:-1] and len(bpe.decode(ids)) > 1000
-    assert char.can_follow([1, 2]).all()
+    assert char.utf8_states[0][0].all() and not char.utf8_states[1][0].any()
 
 
 def test_an_id_outside_the_vocabulary(bpe):

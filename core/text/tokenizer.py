@@ -42,6 +42,11 @@ BYTE_OF.update((256 + i, chr(byte)) for i, byte in enumerate(_others))
 NOT_IN_TIKTOKEN = ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'ignore_merges')
 
 
+# Beginnings of UTF-8 characters, one for each set of bytes that may follow: whole characters; 1, 2 or 3 continuation
+# bytes; and four whose next byte is limited, so that no character is written too long, is a surrogate or above U+10FFFF
+UNFINISHED = b'', b'\xc2', b'\xe1', b'\xf1', b'\xe0', b'\xed', b'\xf0', b'\xf4'
+
+
 class Tokenizer:
     """
     A character-level or byte-level BPE tokenizer.
@@ -58,7 +63,6 @@ class Tokenizer:
         """Read a tokenizer.json. Exits if it is invalid or of another kind; `name` is its name in that message."""
         self.json = json_text
         self._name = name
-        self._follows = {}  # results of can_follow() for the bytes of an unfinished character
         try:
             self._spec = json.loads(json_text)
             self._read_spec()
@@ -160,16 +164,23 @@ class Tokenizer:
         counts[self._special] = 0
         return counts
 
-    def can_follow(self, ids):
+    @cached_property
+    def utf8_states(self):
         """
-        Return which ids may follow `ids`, (vocab_size,) bool: those after which the bytes are still valid UTF-8.
-        Sampling only from these ids never produces half a character.
+        Two tables (states, vocab_size) that keep a text valid UTF-8 while it grows by one id after the other: whether
+        an id may follow in a state, bool; and the state after it, uint8. A text begins in state 0. Sampling only from
+        these ids never produces half a character.
         """
-        tail = b''.join(self.pieces[i] for i in ids[-3:])  # an unfinished character has at most three bytes
-        begun = _unfinished_character(tail)
-        if begun not in self._follows:
-            self._follows[begun] = np.array([_is_valid_so_far(begun + piece) for piece in self.pieces])
-        return self._follows[begun]
+        may_follow = np.zeros((len(UNFINISHED), self.vocab_size), dtype=bool)
+        next_state = np.zeros((len(UNFINISHED), self.vocab_size), dtype=np.uint8)
+        may_follow[0] = True
+        for i, piece in enumerate(self.pieces):
+            if not piece or not _is_utf8(piece):  # others follow whole characters and end with one
+                for state, begun in enumerate(UNFINISHED):
+                    may_follow[state, i] = _is_valid_so_far(begun + piece)
+                    if may_follow[state, i]:
+                        next_state[state, i] = _state_after(begun + piece)
+        return may_follow, next_state
 
     def _encode_chars(self, text):
         """Return the ids of a text by looking its code points up in a table."""
@@ -258,6 +269,23 @@ def _unfinished_character(data):
             length = 2 + (first >= 0xe0) + (first >= 0xf0)
             return data[-n:] if n < length else b''
     return b''
+
+
+def _state_after(data):
+    """Return the index in UNFINISHED of the bytes that may be continued in the same way as these."""
+    data = _unfinished_character(data)
+    if data not in UNFINISHED:  # then any continuation bytes may follow
+        length = 2 + (data[0] >= 0xe0) + (data[0] >= 0xf0)
+        data = UNFINISHED[length - len(data)]
+    return UNFINISHED.index(data)
+
+
+def _is_utf8(data):
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_valid_so_far(data):

@@ -30,16 +30,12 @@ def prepare_for_inference(model, dtype, rows=1):
     """
     Prepare a model, in place, to compute only; it can no longer be trained or saved. Return it.
 
-    dtype: 'float32', 'bfloat16' or 'float16'; or 'int8', for the weights of the Linears, and the rest in float32 (on a
-        GPU in bfloat16)
+    dtype: 'float32', 'bfloat16' or 'float16'; or 'int8', for the weights of the Linears, and the rest in float32
     rows: tokens computed at a time. The layout of packed weights depends on it.
     """
     model.eval().requires_grad_(False)
     on_cpu = model.transformer.wte.weight.device.type == 'cpu'
-    float_dtype = dtype
-    if dtype == 'int8':
-        float_dtype = 'float32' if on_cpu else 'bfloat16'
-    model.to(getattr(torch, float_dtype))
+    model.to(torch.float32 if dtype == 'int8' else getattr(torch, dtype))
     if on_cpu and torch.backends.mkl.is_available():
         # In fp32 without oneDNN: for one row its GELU takes 9 us, PyTorch's own takes 1.
         torch.backends.mkldnn.set_flags(dtype != 'float32')
