@@ -38,7 +38,7 @@ from core.files import find
 
 # ---------------------------------------------------------------------------------------------------------------------
 what = ''  # steps, laptop, attention, batch, save, trust, memory, prepare, sample; '': steps, or laptop if no arguments
-steps = 20  # number of timed steps, after two that are not timed; the median counts
+steps = 20  # number of timed steps, after two that are not timed; the median counts, on a GPU the mean
 seconds = 60.0  # or as many steps as start in this time, but at least 3
 nanogpt = ''  # a folder with nanoGPT; for 'laptop' with its prepared data/shakespeare_char
 ours = ''  # 'laptop': arguments of our train.py; '': the same as nanoGPT's

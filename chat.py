@@ -14,7 +14,8 @@ import json
 import os
 import sys
 
-from core.device import explain, setup, total_memory
+from core.device import explain, setup
+from core.estimates import total_memory
 from core.inference.conversation import LIMITS, check_range, fit_into_context, stream_reply
 from core.text.chat_template import can_chat
 from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer

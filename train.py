@@ -15,11 +15,14 @@ import uuid
 
 import torch
 
-from core.device import catch_signals, check_memory, reseed, setup, shapes_only, to_device, try_compile, warn_if_slow
+from core.device import catch_signals, reseed, setup, shapes_only, to_device, try_compile
+from core.device_check import check_device
 from core.distributed import average_gradients, check_same_on_all_ranks, full_tensor, shard, shutdown, sum_on_device
+from core.estimates import check_memory, warn_if_slow
 from core.files import find
 from core.text.dataset import fingerprint, open_dataset
 from core.training import progress, run_folder, settings
+from core.training.dry_run import MICRO_BATCHES, DryRun
 from core.training.evaluation import evaluate
 from core.training.log import Log
 from core.training.optimizer import configure_optimizer
@@ -39,6 +42,7 @@ eval_interval = 2000  # evaluate and save every so many steps
 log_interval = 1  # print and log every so many steps, and after ten seconds
 eval_iters = 200  # evaluate on this many batches per split, evenly spaced; -1: on all of the validation split
 eval_only = False  # evaluate once, then stop
+dry_run = False  # print the memory, speed and hours that the run would take, from a few steps; write nothing
 always_save_checkpoint = True  # sample.py uses the last checkpoint, ckpt.pt; False: best.pt (best validation loss)
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume if possible), 'gpt2*', a checkpoint, a run or a hub model
 seed = 1337  # of the weights, the batches and dropout
@@ -115,17 +119,18 @@ settings.check_settings(config, config_given)
 n_embd = n_embd or 64 * n_layer  # nanochat's rule: depth determines width, heads and learning rate
 n_head = n_head or max(1, n_embd // (head_size or 64))
 settings.check_heads(n_embd, n_head, n_kv_head, head_size, rope_theta, derived=config['n_head'] == 0)
-training = not eval_only
+training = not (eval_only or dry_run)
 out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
 if training:
     run_folder.check_writable(out_dir)
 
 # --- 1. device, precision and this rank's share of a step
 env = setup(device, dtype, backend, seed, training=True)  # from here on only rank 0 prints
+check_device(env)
 env.sharded = settings.is_sharded(parallel, env)
 total_rows = batch_size * gradient_accumulation_steps
 micro_steps, micro_rows = settings.split_rows(batch_size, gradient_accumulation_steps, env.world_size)
-rows = micro_steps * micro_rows  # of this rank
+rows = (min(micro_steps, MICRO_BATCHES) if dry_run else micro_steps) * micro_rows  # of this rank
 
 # --- 2. objective and data
 objective_module = importlib.import_module(f'objectives.{objective}')
@@ -190,7 +195,7 @@ if not resuming:
 config.update(used_settings(model))  # a resumed run keeps its adapters
 if model.lora:
     print(describe_adapters(model))
-if start_from != 'scratch' and training:
+if start_from != 'scratch' and not eval_only:
     check_memory(model, micro_rows, block_size, env)
 if training:
     settings.check_same_data(checkpoint, checkpoint_path, dataset, data_hash)
@@ -215,17 +220,17 @@ if env.sharded:
     model = shard(model, env)
 scaler = torch.amp.GradScaler(env.device_type, enabled=env.dtype == 'float16')  # does nothing unless enabled
 opt = None
-if training:
+if not eval_only:
     opt = configure_optimizer(model, optimizer, weight_decay, learning_rate, (beta1, beta2), muon_lr)
     if resuming:
         run_folder.load_optimizer_state(opt, scaler, checkpoint, checkpoint_path, optimizer)
-    if env.master:
+    if env.master and not dry_run:
         lock = run_folder.open_run_folder(
             out_dir, opt, keep_last, resuming, run_id=run_id, launch=launch, config=config)
 checkpoint = weights_source = None  # free the memory
 
 # --- 7. compile, and average gradients over the ranks
-if compile and training:
+if compile and not eval_only:
     network = try_compile(model, micro_rows, block_size, env, bool(data.kind))
 else:
     network = average_gradients(model, env)  # does nothing unless there are several ranks with full models
@@ -287,9 +292,10 @@ if env.device_type == 'cpu' and training:
     warn_if_slow(model.flops_per_token() * tokens_per_iter * (max_iters - iter_num), env)
 log = Log(out_dir, objective_module.MEASURES, iter_num, config, run_id) if training and env.master else None
 saver = Saver(out_dir, env, log, keep_last, background_save, resumed_from=checkpoint_path, step=iter_num)
-signals = catch_signals(eval_only)
-if training:
+signals = catch_signals(not training)
+if not eval_only:
     saver.reserve(state())
+rehearsal = DryRun(model, data, config, env, micro_rows, micro_steps, iter_num) if dry_run else None
 first_iter = iter_num
 eval_windows = eval_iters * batch_size if eval_iters > 0 else -1
 # targets and tokens of a step differ between ranks, unless the rows of a text are drawn at random
@@ -301,7 +307,7 @@ flops_per_token = None if model.lora else model.flops_per_token()  # it counts f
 report = progress.StepReports(iter_num, max_iters, log_interval, log, env, flops_per_token)
 while True:
     last = iter_num >= max_iters
-    if iter_num % eval_interval == 0 or last or eval_only:
+    if (iter_num % eval_interval == 0 or last or eval_only) and not dry_run:
         numbers = evaluate(objective_module, model, data, context, eval_windows, micro_rows, block_size, env)
         measured = {'iter': iter_num, **numbers}
         print(progress.describe_evaluation(iter_num, numbers), flush=True)
@@ -352,6 +358,8 @@ while True:
     opt.step(skip=~(loss.isfinite() & grad_norm.isfinite()))
     scaler.update()
     opt.zero_grad()
+    if rehearsal and rehearsal.step(tokens):
+        break
     line_due = report.is_line_due(iter_num)
     unread.add((iter_num, line_due, opt.param_groups[0]['lr']), [loss, grad_norm, tokens, any_signal, any_save],
                needed=env.ddp or line_due or report.status.is_due())
@@ -368,7 +376,7 @@ while True:
             skipped = saver.leave_out(step, lossf, grad_norm, skipped, skip_nonfinite, resuming)
         numbers = {'loss': lossf, 'lr': lr, 'grad_norm': grad_norm}
         report(step, line_due, numbers, tokens)
-    if stops or (saves and not evaluates):
+    if training and (stops or (saves and not evaluates)):
         saver.save(state(), wait=save_interval == 1)
     if stops:
         option = '' if init_from in ('resume', 'auto') else ' with --init_from=resume'

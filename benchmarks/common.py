@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import torch
 
 from core.files import ROOT
 from core.text.tokenizer import char_tokenizer
@@ -54,8 +55,8 @@ def random_dataset(out):
 def time_train(folder, arguments, out, steps, seconds, trace='', bare=False):
     """
     Run folder/train.py in a process of its own (benchmarks/run_and_time.py) and stop it when `steps` steps are timed,
-    or at least 3 in `seconds`. Returns what run_and_time.py writes, with the median as 'ms'; None if the dataset of
-    `arguments` does not exist. Exits if train.py fails.
+    or at least 3 in `seconds`. Returns what run_and_time.py writes; None if the dataset of `arguments` does not exist.
+    Exits if train.py fails. On a GPU it prints every tenth step only: nanoGPT waits for the GPU to print a loss.
     out: folder for the result. trace: file for a profile of 3 steps, or ''. bare: see run_and_time.py.
     """
     job = {
@@ -69,6 +70,8 @@ def time_train(folder, arguments, out, steps, seconds, trace='', bare=False):
     }
     note = ' once more, for the trace' if trace else ''
     print(f'running {os.path.join(folder, "train.py")}{note}', flush=True)
+    if torch.accelerator.is_available() and '--device=cpu' not in arguments and not trace:
+        arguments = [*arguments, f'--log_interval={min(10, steps)}']
     command = [sys.executable, os.path.join(ROOT, 'benchmarks', 'run_and_time.py'), json.dumps(job), *arguments]
     done = subprocess.run(
         command,
@@ -88,4 +91,4 @@ def time_train(folder, arguments, out, steps, seconds, trace='', bare=False):
     if not result['times']:
         sys.exit(f'train.py ended before its {SKIPPED_STEPS + 1}rd step, so there was nothing to time; '
                  'raise --max_iters')
-    return {**result, 'ms': statistics.median(result['times'])}
+    return result

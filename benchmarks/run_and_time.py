@@ -4,27 +4,34 @@ a process of its own (common.time_train):
 
     python benchmarks/run_and_time.py '{"folder": "...", "result": "out.json", ...}' config/train_gpt2.py --batch_size=8
 
-A step is recognised by the line `iter N: ... time Xms` that train.py prints. The file `result` gets a JSON object:
-times (ms of each timed step), memory (bytes), parameters, tokens (per step); for our train.py also flops (per step),
-device, dtype, config, folder and vocab_size (of the dataset); with a trace its most expensive operations.
+Steps are counted by the lines `iter N: ...` that train.py prints every log_interval steps, and timed by the clock
+between these lines. On a GPU a line may be printed while the steps before it still run, so there only the mean of all
+timed steps counts, between two moments at which the GPU has finished. The file `result` gets a JSON object: ms (per
+step), times (ms per step between two lines), steps (that were timed), memory (bytes), parameters, tokens (per step);
+for our train.py also flops (per step), device, dtype, config, folder and vocab_size (of the dataset); with a trace its
+most expensive operations.
 """
 import builtins
+import itertools
 import json
 import math
 import os
 import re
+import statistics
 import sys
+import time
 from types import SimpleNamespace
 
 import torch
 
 # folder: of train.py. result: file to write. skip: first steps, not timed. steps: timed steps. seconds: fewer steps, at
-# least 3, if they take longer. trace: file of the profiler, or ''. bare: train without what protects a run.
+# least 3, if they take longer; both in whole log_intervals. trace: file of the profiler, or ''. bare: train without
+# what protects a run.
 job = json.loads(sys.argv[1])
 script = os.path.join(job['folder'], 'train.py')
 sys.argv[:2] = [script]
 sys.path[0] = job['folder']
-times = []  # ms of every step
+lines = []  # (step, seconds on the clock) of the line before the first timed step, and of those after it
 profiler = None
 if job['trace']:
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -34,18 +41,25 @@ if job['trace']:
 
 
 def timing_print(*args, **kwargs):
-    """The print() of train.py. Collects the times of the steps, starts the profiler, and exits after the last step."""
-    builtins.print(*args, **kwargs)
-    step = re.match(r'iter \d+: .*?time ([\d.]+)ms', str(args[0])) if args else None
-    if not step:
+    """The print() of train.py. Collects the times of its lines, starts the profiler, and exits after the last step."""
+    plain_print(*args, **kwargs)
+    found = re.match(r'iter (\d+): ', str(args[0])) if args else None
+    if not found or int(found[1]) < job['skip'] - 1:
         return
-    times.append(float(step[1]))
-    timed = times[job['skip']:]
-    too_long = len(timed) >= 3 and sum(timed) > job['seconds'] * 1000
-    if len(timed) == job['steps'] or too_long:
+    step, first = int(found[1]), not lines
+    timed = 0 if first else step - lines[0][0]
+    last = timed >= job['steps'] or (timed >= 3 and time.perf_counter() - lines[0][1] > job['seconds'])
+    if on_gpu() and (first or last):
+        torch.accelerator.synchronize()
+    lines.append((step, time.perf_counter()))
+    if last:
         sys.exit()
-    if profiler and len(times) == job['skip']:
+    if profiler and first:
         profiler.start()
+
+
+def on_gpu():
+    return next(space['model'].parameters()).device.type != 'cpu'
 
 
 def peak_memory():
@@ -87,18 +101,29 @@ def make_bare():
 
 if job['bare']:
     make_bare()
-space = {'__name__': '__main__', '__file__': script, 'print': timing_print}  # the globals of train.py
+space = {'__name__': '__main__', '__file__': script}  # the globals of train.py
+plain_print, builtins.print = builtins.print, timing_print
 try:
     with open(script, encoding='utf-8') as f:
         exec(compile(f.read(), script, 'exec'), space)
 except SystemExit as end:
     if end.code:
         raise
+finally:
+    builtins.print = plain_print
 
 model = space['model']
+times = [(end - begin) / (step - before) * 1000 for (before, begin), (step, end) in itertools.pairwise(lines)]
+timed_steps = lines[-1][0] - lines[0][0] if lines else 0
+if on_gpu() and timed_steps:
+    ms = (lines[-1][1] - lines[0][1]) / timed_steps * 1000
+else:
+    ms = statistics.median(times) if times else math.nan
 tokens = space['tokens_per_iter']
 result = {
-    'times': times[job['skip']:],
+    'ms': ms,
+    'times': times,
+    'steps': timed_steps,
     'memory': peak_memory(),
     'parameters': sum(p.numel() for p in model.parameters()),
     'tokens': tokens,
@@ -111,7 +136,7 @@ if 'env' in space:  # our train.py
         flops=math.nan if model.lora else flops,  # flops_per_token() counts full training
         device=env.device, dtype=env.dtype, config=space['config'],
         folder=os.path.abspath(data.folder), vocab_size=data.vocab_size)
-if profiler and len(times) > job['skip']:
+if profiler and times:
     profiler.stop()
     profiler.export_chrome_trace(job['trace'])
     result['operations'] = expensive_operations()

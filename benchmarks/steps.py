@@ -8,9 +8,10 @@ How fast train.py trains in any configuration, also beside nanoGPT with the same
 train.py runs as usual and is stopped after some steps, so a step is complete: batch, forward, backward, optimizer.
 It has one micro-batch unless --gradient_accumulation_steps is given.
 
-A row is a train.py: its parameters, the median milliseconds of a step, tokens per second, MFU, and the most memory that
-its process held. With nanoGPT the two run in turn, and the last line has the ratio of every pair. --profile adds a row
-for each of the ten most expensive operations: share of the time, milliseconds and calls per step.
+A row is a train.py: its parameters, the milliseconds of a step (the median; on a GPU the mean, because single steps
+cannot be timed without waiting for each), tokens per second, MFU, and the most memory that its process held. With
+nanoGPT the two run in turn, and the last line has the ratio of every pair. --profile adds a row for each of the ten
+most expensive operations: share of the time, milliseconds and calls per step.
 """
 import os
 import re
@@ -18,7 +19,8 @@ import statistics
 import tempfile
 
 from benchmarks.common import print_ratios, random_dataset, time_train
-from core.device import measured_peak, setup
+from core.device import setup
+from core.estimates import measured_peak
 from core.files import ROOT
 
 
@@ -26,7 +28,8 @@ def time_steps(arguments, steps, seconds, runs, nanogpt, trace):
     """arguments: for train.py. nanogpt: its folder, or ''. trace: the file for a profile, or ''."""
     with tempfile.TemporaryDirectory() as out:
         quiet = quiet_arguments(out)
-        ours = [*arguments, *quiet, '--tensorboard_log=False', '--save_minutes=0', '--background_save=False']
+        ours = [*arguments, *quiet, '--tensorboard_log=False', '--sample_interval=0', '--save_minutes=0',
+                '--background_save=False']
         if not any(argument.startswith('--gradient_accumulation_steps=') for argument in arguments):
             ours.append('--gradient_accumulation_steps=1')
         first = time_train(ROOT, ours, out, steps, seconds)
@@ -92,7 +95,7 @@ def print_table(results):
     first = results['StoneGPT'][0]
     env = setup(first['device'], first['dtype'], training=True)
     peak = env.peak_flops or measured_peak(env)
-    print(f'{env.device} {env.dtype}, {first["tokens"]:,} tokens per step, {len(first["times"])} steps timed')
+    print(f'{env.device} {env.dtype}, {first["tokens"]:,} tokens per step, {first["steps"]} steps timed')
     print('            parameters  ms per step    tokens/s     MFU  peak memory')
     for name, found in results.items():
         ms = statistics.median(result['ms'] for result in found)

@@ -1,4 +1,4 @@
-"""Set up a script: device, precision, processes and seed; checks of memory and compiler; signals and error messages."""
+"""Set up a script: device, precision, processes and seed; the compiler; signals and error messages."""
 import ctypes
 import functools
 import math
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from core import startup
 from core.distributed import all_reduce, average_gradients, fresh_rendezvous
+from core.estimates import known_peak
 
 # --- device, precision, process group, seed
 
@@ -180,119 +181,6 @@ def tune_malloc():
         libc.free(ctypes.c_void_p(heap))  # memory is used only once it is written to
     except (OSError, AttributeError, TypeError):
         pass  # no glibc here
-
-# --- speed
-
-# Dense 16-bit matrix peak with fp32 accumulation in FLOP/s, from the vendors' data sheets. MFU is shown for these GPUs
-# only. The first name that matches counts, so 'H100 PCIe' stands before 'H100'.
-PEAK_FLOPS = {
-    'B200': 2250e12,
-    'GH200': 989e12,
-    'H200': 989e12,
-    'H100 PCIe': 756e12,
-    'H100 NVL': 835e12,
-    'H100': 989e12,
-    'A100': 312e12,
-    'A40': 150e12,
-    'A30': 165e12,
-    'A10G': 70e12,
-    'A10': 125e12,
-    'A6000': 155e12,
-    'L40S': 362e12,
-    'L4': 121e12,
-    'V100': 125e12,
-    'T4': 65e12,
-    'RTX 5090': 210e12,
-    'RTX 4090': 165e12,
-    'RTX 3090': 71e12,
-}
-
-
-def known_peak(gpu_name):
-    """Return the peak FLOP/s of a GPU, e.g. 'NVIDIA H100 80GB HBM3'; None if it is not in PEAK_FLOPS."""
-    if 'Laptop' in gpu_name:
-        return None
-    for name, flops in PEAK_FLOPS.items():
-        if re.search(rf'\b{name}\b', gpu_name):
-            return flops
-    return None
-
-
-def measured_peak(env):
-    """
-    Return the FLOP/s of a large matrix product on this device, the best of about a second. bench.py uses it for MFU if
-    the peak is unknown.
-    """
-    started = time.perf_counter()
-    n = 2048 if env.device_type == 'cpu' else 8192
-    a, b = torch.randn(2, n, n, device=env.device, dtype=getattr(torch, env.dtype))
-    best = math.inf
-    while best == math.inf or time.perf_counter() - started < 1:
-        t0 = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for a GPU
-        best = min(best, time.perf_counter() - t0)
-    return 2 * n**3 / best
-
-
-def warn_if_slow(flops, env):
-    """Print a warning if training, which takes so many FLOPs, will take hours on this CPU."""
-    flops_per_core = 100e9 if env.dtype == 'bfloat16' else 40e9  # per second, for small networks (docs/RECORDS.md)
-    rate = env.world_size * torch.get_num_threads() * flops_per_core
-    hours = flops / rate / 3600
-    if hours > 1:
-        print(f'warning: on this CPU the run will take about {hours:,.0f} hours; '
-              'config/train_shakespeare_char_cpu.py is made for CPUs and takes minutes')
-
-# --- memory
-
-
-def check_memory(model, rows, T, env):
-    """Exit if training on (rows, T) tokens at a time cannot fit into memory. The model may be on 'meta'."""
-    available = total_memory(env)
-    if available is None:
-        return
-    weights, activations = training_memory(model, rows, T, env)
-    if weights + activations <= available:
-        return
-    if weights > available:
-        advice = '--n_layer or --n_embd (weights and optimizer alone take more)'
-    else:
-        advice = ('--batch_size (and raise --gradient_accumulation_steps as much, for the same step) or --block_size, '
-                  'or set --gradient_checkpointing=True')
-    gb = 2**30
-    sys.exit(f'this network needs about {(weights + activations) / gb:,.0f} GB to train '
-             f'({weights / gb:,.0f} for weights and optimizer, {activations / gb:,.0f} for {rows} rows of {T}), '
-             f'and {env.device} has {available / gb:,.0f} GB; lower {advice}')
-
-
-def total_memory(env):
-    """Return the bytes of memory of the GPU or, on other devices, of the machine; None if the system does not say."""
-    if env.device_type == 'cuda':
-        return torch.cuda.get_device_properties(env.device).total_memory
-    if hasattr(os, 'sysconf') and 'SC_PHYS_PAGES' in os.sysconf_names:
-        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    return None
-
-
-def training_memory(model, rows, T, env):
-    """
-    Return a lower bound of the bytes of training: (weights, gradients and two Adam moments; activations).
-
-    The backward pass needs about 17 numbers per layer, token and channel (Korthikanti et al. 2022:
-    https://arxiv.org/abs/2205.05198).
-    """
-    weights = 0
-    for tensor in (*model.parameters(), *model.buffers()):
-        weights += tensor.nbytes
-        if tensor.requires_grad:
-            weights += 12 * tensor.numel()  # gradient and two Adam moments, 4 bytes each
-    if env.sharded and env.device_type == 'cuda':
-        weights /= env.world_size
-    config = model.config
-    numbers_per_channel = 2 if model.gradient_checkpointing else 17
-    bytes_per_number = 4 if env.dtype == 'float32' else 2
-    activations = rows * T * config.n_layer * config.n_embd * numbers_per_channel * bytes_per_number
-    return weights, activations
 
 # --- torch.compile
 

@@ -32,6 +32,11 @@ def dataset_folder(name):
     return os.path.join(find('data'), name)
 
 
+def cache_folder():
+    """Return the folder in the user's cache for what is fetched or measured once. It may not exist yet."""
+    return os.path.join(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'stonegpt')
+
+
 @contextmanager
 def atomic(path, mode='wb', **kwargs):
     """

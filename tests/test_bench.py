@@ -2,10 +2,14 @@
 import json
 import os
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY, run_script
+
+from benchmarks.common import SKIPPED_STEPS, time_train
 
 NANOGPT = Path(os.environ.get('NANOGPT') or ROOT.parent / 'nanoGPT')
 NUMBER = r'[\d,]+(?:\.\d+)?'
@@ -46,6 +50,55 @@ def test_config_and_trace(tiny_data, tmp_path):
     with open(tmp_path / 't.json', encoding='utf-8') as f:
         assert len(json.load(f)['traceEvents']) > 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ['own.py', 't.json']
+
+
+LOOP = """
+import sys, time
+from types import SimpleNamespace
+now, tokens_per_iter = [0.0], 1
+time.perf_counter = lambda: now[0]
+kind, interval = sys.argv[1], int(sys.argv[2].partition('=')[2])
+parameter = SimpleNamespace(device=SimpleNamespace(type=kind), numel=lambda: 1)
+model = SimpleNamespace(parameters=lambda: iter([parameter]))
+for i in range(100):
+    now[0] += 0.5 if i < 4 else 0.004 if i == 7 else 0.001  # the first steps are slow, and one later
+    if i % interval == 0:
+        print(f'iter {i}: loss 1.0, time 7.00ms')
+"""
+
+
+@pytest.mark.parametrize('kind, interval, steps, ms, waits', [
+    ('cpu', 1, 20, 1.0, 0),  # the median of single steps
+    ('cuda', 10, 20, 1.0, 2),  # steps 11 to 30
+    ('cuda', 5, 20, 1.15, 2),  # steps 6 to 25: the mean
+])
+def test_clock(kind, interval, steps, ms, waits, tmp_path, monkeypatch):
+    """The clock runs between log lines, whatever they say. On a GPU it waits at both ends only, not at every line."""
+    waited = []
+    monkeypatch.setattr(time, 'perf_counter', time.perf_counter)  # LOOP replaces it
+    monkeypatch.setattr('torch.accelerator.synchronize', lambda: waited.append(1))
+    (tmp_path / 'train.py').write_text(LOOP, encoding='utf-8')
+    job = {'folder': str(tmp_path), 'result': str(tmp_path / 'result.json'), 'skip': SKIPPED_STEPS, 'steps': steps,
+           'seconds': 60, 'trace': '', 'bare': False}
+    run_script('benchmarks/run_and_time.py', json.dumps(job), kind, f'--log_interval={interval}')
+    result = json.loads((tmp_path / 'result.json').read_text(encoding='utf-8'))
+    assert (result['steps'], len(waited)) == (steps, waits)
+    assert result['ms'] == pytest.approx(ms)
+
+
+@pytest.mark.parametrize('gpu, arguments, interval', [
+    (True, [], '--log_interval=10'), (True, ['--device=cpu'], None), (False, [], None),
+])
+def test_log_interval(gpu, arguments, interval, monkeypatch):
+    """nanoGPT waits for the GPU to print a loss, so it prints few."""
+    started = []
+    monkeypatch.setattr('torch.accelerator.is_available', lambda: gpu)
+    failed = SimpleNamespace(returncode=1, stdout='', stderr='stopped')
+    monkeypatch.setattr('subprocess.run', lambda command, **kwargs: started.append(command) or failed)
+    with pytest.raises(SystemExit, match='stopped'):
+        time_train(str(ROOT), arguments, 'out', 20, 60)
+    options = [word for word in started[0] if word.startswith('--log_interval')]
+    assert options == ([interval] if interval else [])
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='not Linux')

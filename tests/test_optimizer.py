@@ -1,6 +1,7 @@
 """Our AdamW and Muon against torch's: the same numbers, and each loads the other's state."""
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,3 +200,11 @@ def test_another_optimizers_state_is_refused(style, name, other):
     ours, others = (configure_optimizer(new_model(style), kind, 0.1, 1e-2, (0.9, 0.99), 0.02) for kind in (name, other))
     with pytest.raises(ValueError):
         ours.load_state_dict(others.state_dict())
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda', 'mps'])
+def test_fused_adamw(device):
+    """torch has a kernel for these devices; the counter of steps is then on the device."""
+    supported = pytest.importorskip('torch.utils._foreach_utils')._get_fused_kernels_supported_devices()
+    assert device in supported
+    assert optimizer_file.has_fused_adamw(SimpleNamespace(device=torch.device(device)))

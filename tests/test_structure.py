@@ -9,7 +9,7 @@ from conftest import ROOT
 LAYERS = [  # from the bottom up: a file imports only from its own layer or from lower ones
     r'kernels\.py',
     r'model\.py',
-    r'core/(__init__|files|startup|suggestions|configure|distributed|device)\.py',
+    r'core/(__init__|files|startup|suggestions|configure|distributed|estimates|device|device_check)\.py',
     r'core/(text/.*|prepare|tokenizer)\.py',  # core/prepare.py and core/tokenizer.py re-export files of core/text
     r'core/(weights|inference)/.*\.py',
     r'core/training/.*\.py',

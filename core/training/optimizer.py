@@ -47,7 +47,7 @@ class Optimizer:
     """
     Parameter groups, each updated by its rule:
 
-    - 'adamw' (Loshchilov & Hutter 2019: https://arxiv.org/abs/1711.05101), in one fused kernel on CPUs and CUDA
+    - 'adamw' (Loshchilov & Hutter 2019: https://arxiv.org/abs/1711.05101), in one fused kernel on CPUs, CUDA and MPS
     - 'muon': see muon(). 'parts' are the row counts of the matrices stacked in each parameter.
 
     Both compute what torch.optim's classes do, and the state dict has the same form, so nanoGPT's loads. Those classes
@@ -129,7 +129,7 @@ def adamw_state(p):
 
 
 def has_fused_adamw(p):
-    return p.device.type in ('cuda', 'cpu')
+    return p.device.type in ('cuda', 'cpu', 'mps')
 
 
 def adamw_step(group, states, skip):

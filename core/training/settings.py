@@ -107,7 +107,7 @@ def describe_changes(checkpoint, config, world_size, total_rows):
     before = checkpoint.get('config', {})
     processes = checkpoint.get('world_size')
     changes = [f'{key} {before[key]} -> {value}' for key, value in config.items()
-               if before.get(key, value) != value and key not in ('init_from', 'out_dir')]
+               if before.get(key, value) != value and key not in ('init_from', 'out_dir', 'dry_run')]
     if processes not in (None, world_size):
         changes.append(f'processes {processes} -> {world_size}, which share the same {total_rows} rows a step')
     line = 'not as before: ' + '; '.join(changes) if changes else 'all settings as before'
