@@ -23,6 +23,7 @@ from core.text.chat_template import end_ids
 from core.text.tokenizer import EOT, load_tokenizer
 from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer
 from core.weights.quantize import prepare_for_inference
+from kv_cache import cache_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
 init_from = 'resume'  # 'resume' (the run in out_dir), 'gpt2' (-medium, -large, -xl), or a checkpoint, run or HF folder
@@ -201,9 +202,10 @@ def try_compile(model, env, rows):
 
 def print_cache_size(model, rows, slots):
     c, number_bytes = model.config, model.transformer.wte.weight.element_size()
-    size = 2 * rows * c.n_layer * c.n_kv_head * c.head_size * slots * number_bytes
+    size = rows * cache_bytes(c, slots, number_bytes)
+    tokens = size / (2 * rows * c.n_layer * c.n_kv_head * c.head_size * number_bytes)  # of a layer, on average
     print(f'cache of keys and values: 2 x {rows} rows x {c.n_layer} layers x {c.n_kv_head} heads x '
-          f'{c.head_size} channels x {slots} tokens x {number_bytes} bytes = {size:,} bytes', flush=True)
+          f'{c.head_size} channels x {tokens:g} tokens x {number_bytes} bytes = {size:,} bytes', flush=True)
 
 
 def write_records(records):

@@ -25,7 +25,7 @@ from core.training import progress, run_folder, settings
 from core.training.dry_run import MICRO_BATCHES, DryRun
 from core.training.evaluation import evaluate
 from core.training.log import Log
-from core.training.optimizer import configure_optimizer
+from core.training.optimizer import configure_optimizer, step_unless
 from core.training.pipeline import Unread, load_ahead, pin
 from core.training.samples import encode_prompts, show_batch, show_samples
 from core.training.saver import Saver, save_weights
@@ -355,7 +355,7 @@ while True:
     save_due = env.master and saver.minutes_passed(save_minutes)
     # over all ranks: the loss (sum), a signal (any rank), a save that is due (rank 0)
     loss, any_signal, any_save = sum_on_device([total_loss / divisor, signals.signal or 0, save_due], env)
-    opt.step(skip=~(loss.isfinite() & grad_norm.isfinite()))
+    step_unless(~(loss.isfinite() & grad_norm.isfinite()), opt)
     scaler.update()
     opt.zero_grad()
     if rehearsal and rehearsal.step(tokens):

@@ -6,5 +6,5 @@ A function that gets bad input ends the script with one line: sys.exit('what was
 Docstrings call this "exits if ...".
 
 Imports run downwards (tests/test_structure.py): scripts, objectives, training, weights and inference, text, the files
-of this folder, model.py, kernels.py.
+of this folder, model.py, kv_cache.py, kernels.py.
 """

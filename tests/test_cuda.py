@@ -24,13 +24,13 @@ MAX_WAITS = {
     'sft': 1,
     'reward': 1,
     'dpo': 1,
-    'grpo': 16,  # 12 of them while it samples 8 tokens, which serve two steps
+    'grpo': 8,
     # for a token
-    'sample': 3,
-    'sample with top_p': 4,
-    'sample with logprobs': 6,
-    'sample bytes': 4,
-    'chat': 3,
+    'sample': 0.07,  # they are read in blocks of 16
+    'sample with top_p': 0.07,
+    'sample with logprobs': 0.07,
+    'sample bytes': 0.07,
+    'chat': 0.07,
 }
 STYLES = {
     'gpt2': [],

@@ -31,15 +31,15 @@ def device(monkeypatch, tmp_path):
     return device
 
 
-def not_causal(q, k, v, mask=None, p=0.0, is_causal=False):
+def not_causal(q, k, v, mask=None, p=0.0, is_causal=False, enable_gqa=False):
     return sdpa(q, k, v, mask, p)
 
 
-def ignores_the_mask(q, k, v, mask=None, p=0.0, is_causal=False):
+def ignores_the_mask(q, k, v, mask=None, p=0.0, is_causal=False, enable_gqa=False):
     return sdpa(q, k, v, is_causal=True)
 
 
-def rounds(q, k, v, mask=None, p=0.0, is_causal=False):
+def rounds(q, k, v, mask=None, p=0.0, is_causal=False, enable_gqa=False):
     """As TF32 does, 10 bits of mantissa."""
     q, k, v = (x.half().float() for x in (q, k, v))
     return sdpa(q, k, v, mask, p, is_causal)

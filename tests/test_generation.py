@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+import kv_cache
 import model as model_file
 from core.inference.generation import Continuation, continue_prompts, penalise_repetition, sample_token, uniform_numbers
 from core.text.tokenizer import bpe_tokenizer, char_tokenizer
@@ -75,7 +76,7 @@ def test_cache(style, start, step, monkeypatch):
     For three contexts, the cached logits are those of the whole network (within 1e-5), and the tokens are equal,
     in how many steps ever the cache grows.
     """
-    monkeypatch.setattr(kernels, 'MIN_NEW_SLOTS', step)
+    monkeypatch.setattr(kv_cache, 'MIN_NEW_SLOTS', step)
     model = new_model(style)
     idx = torch.randint(V, (2, start))
     tokens, logits = generate_greedily(model, idx, 3 * BLOCK)
@@ -91,7 +92,7 @@ def test_cache(style, start, step, monkeypatch):
 @pytest.mark.parametrize('lengths', [(3, 7, 1), (BLOCK, 2), (BLOCK + 5, 4, BLOCK + 5)], ids=str)
 def test_batch_of_different_prompts(style, lengths, monkeypatch):
     """Each row of a padded batch, and each of its copies, equals the prompt alone, also beyond the context."""
-    monkeypatch.setattr(kernels, 'MIN_NEW_SLOTS', 4)
+    monkeypatch.setattr(kv_cache, 'MIN_NEW_SLOTS', 4)
     model, longest, steps = new_model(style), max(lengths), 2 * BLOCK
     prompts = [torch.randint(V, (n,)) for n in lengths]
     idx = torch.stack([torch.cat([torch.full((longest - len(prompt),), V - 1), prompt]) for prompt in prompts])
@@ -187,7 +188,7 @@ def test_the_cache_grows_with_the_text(monkeypatch):
 
 def test_layers_with_a_window_keep_no_more(monkeypatch):
     """Of keys and values: after a prompt longer than the window, and after a short one that grows."""
-    monkeypatch.setattr(kernels, 'MIN_NEW_SLOTS', 2)
+    monkeypatch.setattr(kv_cache, 'MIN_NEW_SLOTS', 2)
     model, caches = new_model({**QWEN3, 'window': 5, 'window_pattern': 'SLS'}), []
     hidden = model.hidden
     monkeypatch.setattr(model, 'hidden', lambda idx, cache: caches.append(cache) or hidden(idx, cache))
@@ -237,7 +238,7 @@ def graphs(monkeypatch):
             output = function()
         return made[-1], output
 
-    monkeypatch.setattr(kernels, 'cuda_graph', fake)
+    monkeypatch.setattr(kv_cache, 'cuda_graph', fake)
     monkeypatch.setattr(model_file, 'CAPTURED_ON', ('cpu',))
     return made
 
@@ -246,7 +247,7 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize('kwargs', [{}, {'pads': torch.tensor([1, 0, 3]), 'copies': 2}], ids=['plain', 'padded copies'])
 def test_captured_steps(style, kwargs, monkeypatch, graphs):
     """Tokens and logits are those of the steps themselves, while the cache grows, and beyond the context."""
-    monkeypatch.setattr(kernels, 'MIN_NEW_SLOTS', 6)
+    monkeypatch.setattr(kv_cache, 'MIN_NEW_SLOTS', 6)
     model, idx = new_model(style), torch.randint(V, (3, 4))
     tokens, logits = generate_greedily(model, idx, BLOCK + 9, **kwargs)
     assert len(graphs) == 2  # with 10 slots and with 16
@@ -287,8 +288,8 @@ def test_steps_that_cannot_be_captured(monkeypatch, graphs, capsys):
 
     model = new_model(QWEN3)
     expected = final_rows(model, CHARS, PROMPTS, 20, [1, 2, 3])
-    monkeypatch.setattr(kernels, 'cuda_graph', fail)
-    monkeypatch.setattr(kernels.CapturedStep, 'works', True)
+    monkeypatch.setattr(kv_cache, 'cuda_graph', fail)
+    monkeypatch.setattr(kv_cache.CapturedStep, 'works', True)
     for _ in range(2):
         assert [row.ids for row in final_rows(model, CHARS, PROMPTS, 20, [1, 2, 3])] == [row.ids for row in expected]
     err = capsys.readouterr().err

@@ -21,6 +21,7 @@ from core.files import ROOT
 from core.inference.api import CHAT, TEXT
 from core.inference.completions import Completions, error_response
 from core.inference.connections import Limits, new_server
+from kv_cache import cache_bytes
 
 PAGE_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
                "frame-ancestors 'none'")  # what the page may load: nothing from other servers
@@ -117,7 +118,7 @@ class ChatApp:
         config = self.model.config
         slots = min(n_prompt + n_new, config.block_size)
         number_bytes = self.model.transformer.wte.weight.element_size()
-        size = 2 * config.n_layer * config.n_kv_head * config.head_size * slots * number_bytes
+        size = cache_bytes(config, slots, number_bytes)
         if size > self.max_cache:
             raise ValueError(f'{n_prompt:,} tokens and an answer of up to {n_new:,} need a KV cache of '
                              f'{size / 2**30:.3g} GB, the limit is {self.max_cache / 2**30:.3g} GB: lower max_tokens, '

@@ -12,6 +12,17 @@ from core.distributed import all_gather_like, shard_like, to_local
 OPTIMIZERS = ('adamw', 'muon')
 
 
+def step_unless(skip, opt):
+    """
+    opt.step(), unless skip, a bool tensor (), is True. Ours decides that on a GPU itself; for optimizers of others the
+    host waits for it.
+    """
+    if isinstance(opt, Optimizer):
+        opt.step(skip)
+    elif not skip:
+        opt.step()
+
+
 def configure_optimizer(model, name, weight_decay, learning_rate, betas, muon_lr=0.0):
     """
     Return the optimizer of a model. AdamW has nanoGPT's two groups: matrices and embeddings decay, biases and the gains
