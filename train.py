@@ -126,11 +126,11 @@ if training:
 
 # --- 1. device, precision and this rank's share of a step
 env = setup(device, dtype, backend, seed, training=True)  # from here on only rank 0 prints
-check_device(env)
 env.sharded = settings.is_sharded(parallel, env)
 total_rows = batch_size * gradient_accumulation_steps
 micro_steps, micro_rows = settings.split_rows(batch_size, gradient_accumulation_steps, env.world_size)
 rows = (min(micro_steps, MICRO_BATCHES) if dry_run else micro_steps) * micro_rows  # of this rank
+check_device(env)
 
 # --- 2. objective and data
 objective_module = importlib.import_module(f'objectives.{objective}')
