@@ -15,7 +15,7 @@ import uuid
 
 import torch
 
-from core.device import catch_signals, reseed, setup, shapes_only, to_device, try_compile
+from core.device import catch_signals, reseed, setup, to_device, try_compile
 from core.device_check import check_device
 from core.distributed import average_gradients, check_same_on_all_ranks, full_tensor, shard, shutdown, sum_on_device
 from core.estimates import check_memory, warn_if_slow
@@ -25,14 +25,14 @@ from core.training import progress, run_folder, settings
 from core.training.dry_run import MICRO_BATCHES, DryRun
 from core.training.evaluation import evaluate
 from core.training.log import Log
-from core.training.optimizer import configure_optimizer, step_unless
+from core.training.optimizer import configure_optimizer, step_unless, warm_up_momentum
 from core.training.pipeline import Unread, load_ahead, pin
 from core.training.samples import encode_prompts, show_batch, show_samples
 from core.training.saver import Saver, save_weights
-from core.weights.checkpoint import build_model, describe, load_model
+from core.weights.checkpoint import build_model, describe, load_model, new_model
 from core.weights.lora import add_lora, check_lora, describe_adapters, trained_weights, used_settings
 from core.weights.vocabulary import fit_vocabulary, padded_vocab_size
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults train GPT-2 (124M) on OpenWebText
@@ -147,12 +147,7 @@ weights_source = {}  # where the weights' tokenizer is found
 if start_from == 'scratch':
     architecture = {key: globals()[key] for key in settings.ARCHITECTURE}
     model_config = GPTConfig(vocab_size=padded_vocab_size(data.vocab_size), dropout=dropout, **architecture)
-    with shapes_only():
-        meta_model = GPT(model_config)
-    meta_model.gradient_checkpointing = gradient_checkpointing
-    check_memory(meta_model, micro_rows, block_size, env)
-    model = GPT(model_config)
-    print(f'new model: {describe(model)}')
+    model = new_model(model_config, micro_rows, block_size, gradient_checkpointing, env)
 elif resuming:
     if training and env.master and os.path.isdir(out_dir):
         lock = run_folder.lock_run_folder(out_dir)  # this name keeps the lock until the process ends
@@ -288,7 +283,7 @@ def state():
 # --- 8. the training loop
 print(progress.describe_run(
     env, data, micro_steps, micro_rows, block_size, total_rows, max_iters if training else None, epoch_rows))
-if env.device_type == 'cpu' and training:
+if env.device_type == 'cpu' and not eval_only:
     warn_if_slow(model.flops_per_token() * tokens_per_iter * (max_iters - iter_num), env)
 log = Log(out_dir, objective_module.MEASURES, iter_num, config, run_id) if training and env.master else None
 saver = Saver(out_dir, env, log, keep_last, background_save, resumed_from=checkpoint_path, step=iter_num)
@@ -300,7 +295,7 @@ first_iter = iter_num
 eval_windows = eval_iters * batch_size if eval_iters > 0 else -1
 # targets and tokens of a step differ between ranks, unless the rows of a text are drawn at random
 same_divisor = env.world_size == 1 or (objective == 'next_token' and not data.kind and data_order == 'random')
-steps = load_ahead(load_batches, iter_num, getattr(objective_module, 'LOADS_AHEAD', True))
+steps = load_ahead(load_batches, iter_num, getattr(objective_module.load, 'ahead', True))
 unread = Unread(env)  # the numbers of steps that a GPU may still be computing
 gc.freeze()  # Python's garbage collector need not look at all this again
 flops_per_token = None if model.lora else model.flops_per_token()  # it counts full training
@@ -339,8 +334,7 @@ while True:
         divisor, tokens = sum_on_device([divisor, tokens], env).clamp(min=1)  # a step without targets has loss 0
     for group in opt.param_groups:
         group['lr'] = get_lr(iter_num) * group.get('lr_scale', 1.0)
-        if group.get('rule') == 'muon':  # its momentum warms up: early gradients are soon out of date
-            group['momentum'] = 0.85 + 0.1 * min(1.0, iter_num / 300)
+    warm_up_momentum(opt, iter_num)
 
     total_loss = 0.0
     for i, batch in enumerate(batches):
@@ -368,8 +362,9 @@ while True:
     evaluates = iter_num % eval_interval == 0 or iter_num >= max_iters
     saves = save_interval and iter_num % max(1, save_interval // 2) == 0  # so a crash loses at most save_interval
     samples = prompts and iter_num % sample_interval == 0
+    asked = not env.ddp and (signals.signal or save_due)  # several ranks agree by any_signal and any_save, read below
     stops = False
-    while unread.is_ready(evaluates or saves or samples or stops or (not env.ddp and (signals.signal or save_due))):
+    while unread.is_ready(evaluates or saves or samples or asked or stops):
         step, line_due, lr, lossf, grad_norm, tokens, any_signal, any_save = unread.read()
         stops, saves = stops or any_signal, saves or any_save
         if not math.isfinite(lossf) or not (scaler.is_enabled() or math.isfinite(grad_norm)):  # fp16 may overflow

@@ -41,7 +41,6 @@ reward = ''  # a reward model (a checkpoint or the folder of a run), or a functi
 reference = ''  # the model of the KL penalty, a checkpoint or the folder of a run; '': the model of --init_from
 
 MEASURES = ('loss', 'reward', 'kl', 'length', 'finished')
-LOADS_AHEAD = False
 
 # ----------------------------------------------------------------------------- set-up
 
@@ -186,6 +185,9 @@ def load(data, split, rows, block_size, context):
         if context.rollouts[serial][0] == 0:
             del context.rollouts[serial]
     return batch
+
+
+load.ahead = False  # it needs the model as it is at the step
 
 
 def drop_old_rollouts(context, serial):

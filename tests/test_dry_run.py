@@ -55,6 +55,12 @@ def test_leaves_nothing_behind(settings, tiny_data, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_warns_of_hours_before_the_first_step(tiny_data, tmp_path):
+    """On a CPU the first step of a large network may itself take minutes."""
+    _, out = dry(*TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', '--max_iters=1000000000')
+    assert 'warning: on this CPU the run will take about' in out.partition('iter 0')[0]
+
+
 def test_changes_nothing(tiny_data, tiny_run, tmp_path):
     """A run's folder stays as it is, byte for byte and in time, also while another run has its lock."""
     before = files(tiny_run)
@@ -97,6 +103,13 @@ def test_too_large(tiny_data, tmp_path, monkeypatch):
     result = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', '--dry_run=True')
     assert (result.code, result.err.count('\n')) == (1, 1)
     assert 'and cpu has 0 GB; lower' in result.err
+
+
+def test_processes_on_a_cpu_share_its_memory(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '1000000')
+    result = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tmp_path}', '--dry_run=True')
+    if 'measured' in result.out:  # Linux
+        assert re.search(r'B in each of 1000000 processes; .*: it does not fit$', result.out, re.MULTILINE)
 
 
 CONFIG = {'max_iters': 1000, 'eval_interval': 100, 'eval_iters': 10, 'batch_size': 4}

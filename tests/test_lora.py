@@ -341,7 +341,7 @@ def test_another_base_is_noticed(base, folder, tmp_path):  # noqa: F811
     (['--init_from=scratch', '--n_embd=32', '--n_head=2', '--n_layer=1'], ['lora_rank=4', '--init_from']),
     (['--init_from=auto'], ['lora_rank=4', '--init_from']),
     (['--init_from=nowhere/best.pt'], ['nowhere/best.pt', 'no such checkpoint']),
-    (['--optimizer=muon'], ['optimizer=muon']),
+    (['--optimizer=muon'], ['optimizer=muon', '--optimizer=adamw']),
     (['--parallel=fsdp'], ['parallel=fsdp']),
 ], ids=str)
 def test_bad_input(args, names, base, folder, tmp_path):  # noqa: F811

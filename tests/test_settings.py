@@ -22,7 +22,7 @@ GOOD = {
     'warmup_iters': 0, 'beta1': 0.9, 'beta2': 0.95, 'dropout': 0.0, 'cooldown': 0.4, 'max_iters': 10,
     'lr_decay_iters': 10, 'data_order': 'random', 'parallel': 'ddp', 'optimizer': 'adamw', 'schedule': 'cosine',
     'seed': 1337, 'epochs': 0.0, 'wandb_log': False, 'tensorboard_log': False, 'decay_lr': True, 'sample_interval': 0,
-    'sample_tokens': 100, 'window': 0, 'window_pattern': 'SSSL',
+    'sample_tokens': 100, 'window': 0, 'window_pattern': 'SSSL', 'eval_only': False, 'dry_run': False,
 }
 
 
@@ -143,6 +143,11 @@ def test_epochs(given, config, expected):
     """Of ten steps each."""
     check_settings(GOOD | config, given)
     assert run_length(GOOD | config, given, None, None, 10.0) == expected
+
+
+def test_dry_run_of_an_evaluation():
+    line = exit_line(check_settings, GOOD | {'dry_run': True, 'eval_only': True})
+    assert line.startswith('dry_run=True, eval_only=True: ')
 
 
 def test_epochs_and_steps_together():

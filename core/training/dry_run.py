@@ -1,4 +1,5 @@
 """train.py --dry_run=True: a few steps of the loop, then what a run needs and how long it will take. Writes nothing."""
+import os
 import sys
 import time
 
@@ -72,8 +73,10 @@ class DryRun:
         print(f'  memory      at least {as_size(weights)} for weights, gradients and optimizer, and '
               f'{as_size(activations)} for {self.micro_rows} rows of {T}')
         if peak and available:
-            verdict = 'it fits' if peak < available else 'it does not fit'
-            print(f'              measured: {as_size(peak)}; {env.device} has {as_size(available)}: {verdict}')
+            sharing = 1 if env.device_type == 'cuda' else int(os.environ.get('LOCAL_WORLD_SIZE', 1))  # torchrun's
+            each = f' in each of {sharing} processes' if sharing > 1 else ''
+            verdict = 'it fits' if sharing * peak < available else 'it does not fit'
+            print(f'              measured: {as_size(peak)}{each}; {env.device} has {as_size(available)}: {verdict}')
         if env.device_type == 'cuda':
             gradients = 4 * trained / (env.world_size if env.sharded else 1)
             rows = largest_batch(self.micro_rows, self.resident + gradients, peak)

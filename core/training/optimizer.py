@@ -23,6 +23,13 @@ def step_unless(skip, opt):
         opt.step()
 
 
+def warm_up_momentum(opt, step):
+    """Set Muon's momentum at this step, from 0.85 to 0.95: early gradients are soon out of date."""
+    for group in opt.param_groups:
+        if group.get('rule') == 'muon':
+            group['momentum'] = 0.85 + 0.1 * min(1.0, step / 300)
+
+
 def configure_optimizer(model, name, weight_decay, learning_rate, betas, muon_lr=0.0):
     """
     Return the optimizer of a model. AdamW has nanoGPT's two groups: matrices and embeddings decay, biases and the gains

@@ -14,7 +14,7 @@ def load_ahead(load, step, ahead=True):
     ahead=False: when it is asked for. What load() raises, SystemExit too, is raised here.
     """
     if not ahead:
-        yield from map(load, itertools.count(step))
+        yield from map(load, itertools.count(step))  # without end
     with ThreadPoolExecutor(1) as thread:
         upcoming = thread.submit(load, step)
         while True:

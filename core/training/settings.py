@@ -47,6 +47,8 @@ def check_settings(config, given=()):
     expect(config['epochs'] < math.inf, 'epochs', 'a finite number')
     if config['epochs'] and {'epochs', 'max_iters'} <= set(given):
         sys.exit(f'epochs={config["epochs"]}, max_iters={config["max_iters"]}: both give the length; leave one out')
+    if config['dry_run'] and config['eval_only']:
+        sys.exit('dry_run=True, eval_only=True: a dry run times training steps, and eval_only has none; leave one out')
     for package in ('wandb', 'tensorboard'):
         if config[f'{package}_log'] and not importlib.util.find_spec(package):
             sys.exit(f'{package}_log=True needs {package}: pip install {package}')

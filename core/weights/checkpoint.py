@@ -8,6 +8,8 @@ import sys
 
 import torch
 
+from core.device import shapes_only
+from core.estimates import check_memory
 from core.files import atomic, find, quoted
 from core.text.dataset import open_dataset, read_meta_pkl
 from core.text.download import hub_commit
@@ -165,6 +167,17 @@ def checkpoint_path(out_dir, ckpt=''):
         return last
     config = load_checkpoint(last, 'meta').get('config', {})
     return last if config.get('always_save_checkpoint', True) else best
+
+
+def new_model(config, rows, T, gradient_checkpointing, env):
+    """Return a new model. Exits before it takes memory if training on (rows, T) tokens at a time cannot fit."""
+    with shapes_only():
+        shapes = GPT(config)
+    shapes.gradient_checkpointing = gradient_checkpointing
+    check_memory(shapes, rows, T, env)
+    model = GPT(config)
+    print(f'new model: {describe(model)}')
+    return model
 
 
 def build_model(checkpoint, path, device='cpu', **overrides):
