@@ -341,11 +341,13 @@ def serve():
 
 if __name__ == '__main__':
     sys.path.insert(0, ROOT)
+    code = 0
     if len(sys.argv) == 1:
         serve()
     else:
         start()
         result = run(*sys.argv[1:])
+        code = result['code']
         print(result['out'], result['err'], *(f'{n:7} {place}\n' for place, n in result['waits'].items()), sep='')
     sys.stdout.flush()
-    os._exit(0)  # Python's own end would free what C++ still points at
+    os._exit(code)  # Python's own end would free what C++ still points at

@@ -87,6 +87,7 @@ def own_data(tiny_data, tmp_path):
     (['--n_layer=100', '--n_embd=16384', '--n_head=1'], ['GB', 'weights and optimizer', '--n_layer or --n_embd']),
     (['--batch_size=1000000000'], ['GB', '--batch_size', '--gradient_checkpointing=True']),
     (['--objective=previous_token'], ['previous_token', 'objectives/']),
+    (['--dry_run=True', '--eval_only=True'], ['dry_run=True', 'eval_only=True', 'leave one out']),
 ], ids=str)
 def test_settings(tiny_data, tmp_path, args, names):
     """Impossible settings of train.py, end to end. test_settings.py has more values, test_configure.py types."""

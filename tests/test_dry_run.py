@@ -94,7 +94,8 @@ def test_short_runs(max_iters, timed, tiny_data, tmp_path):
 def test_nothing_to_time(tiny_data, tiny_run):
     result = run_script('train.py', *TINY, f'--dataset={tiny_data}', f'--out_dir={tiny_run}', '--init_from=resume',
                         '--dry_run=True')
-    assert (result.code, result.err) == (1, 'dry_run: 4 steps of max_iters=4 are done, so there is none to time\n')
+    assert (result.code, result.err) == (
+        1, 'dry_run: 4 steps of max_iters=4 are done, so there is none to time; raise --max_iters\n')
 
 
 def test_too_large(tiny_data, tmp_path, monkeypatch):

@@ -74,6 +74,14 @@ def test_possible_values():
     check_settings(GOOD | {'optimizer': 'muon', 'max_iters': -1, 'eval_iters': -1, 'cooldown': 1.0})
 
 
+@pytest.mark.parametrize('window, pattern, warns', [
+    (0, 'L', False), (31, 'S', False), (31, 'LS', False), (32, 'S', True), (8, 'L', True), (8, 'LLS', True),
+])
+def test_a_window_that_limits_nothing(window, pattern, warns, capsys):
+    check_settings(GOOD | {'window': window, 'window_pattern': pattern})
+    assert capsys.readouterr().out.startswith('warning: window=') == warns
+
+
 def test_muon_needs_a_learning_rate():
     line = exit_line(check_settings, GOOD | {'optimizer': 'muon', 'learning_rate': 0.0})
     assert 'learning_rate=0' in line and 'muon_lr=0.02' in line

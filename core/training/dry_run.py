@@ -26,7 +26,8 @@ class DryRun:
         self.iter_num = iter_num
         self.steps_left = config['max_iters'] - iter_num
         if self.steps_left < 1:
-            sys.exit(f'dry_run: {iter_num} steps of max_iters={config["max_iters"]} are done, so there is none to time')
+            sys.exit(f'dry_run: {iter_num} steps of max_iters={config["max_iters"]} are done, so there is none to '
+                     'time; raise --max_iters')
         self.resident = torch.cuda.memory_allocated() if env.device_type == 'cuda' else 0  # before gradients
         self.steps = 0  # so far
         self.warm_up = self.last = None  # the steps after which timing begins and ends

@@ -54,6 +54,10 @@ def check_settings(config, given=()):
             sys.exit(f'{package}_log=True needs {package}: pip install {package}')
     if config['decay_lr'] and config['min_lr'] > config['learning_rate'] > 0:
         print(f'warning: the learning rate will rise, from {config["learning_rate"]} to min_lr={config["min_lr"]}')
+    window, n_layer = config['window'], config['n_layer']
+    if window >= config['block_size'] or window and 'S' not in (config['window_pattern'] * n_layer)[:n_layer]:
+        print(f'warning: window={window} limits nothing: it must be less than block_size={config["block_size"]}, and '
+              f'window_pattern={config["window_pattern"]} must have an S among its first {n_layer} letters')
     if config['optimizer'] == 'muon' and config['learning_rate'] == 0 < config['muon_lr']:
         sys.exit(f'learning_rate=0: muon_lr={config["muon_lr"]} rises and falls with it, so give it a value above 0, '
                  'however small')
