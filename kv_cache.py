@@ -157,25 +157,26 @@ class CapturedStep:
             return self.step(self.token, cache)
 
         try:
-            self.graph, self.logits = cuda_graph(run)
+            self.graph, self.logits = cuda_graph(run, token.device)
         except Exception as error:
             CapturedStep.works = False
             reason = f'{type(error).__name__}: {error}'.splitlines()[0]
             print(f'warning: no CUDA graph for sampling; going on without it, more slowly ({reason})', file=sys.stderr)
 
 
-def cuda_graph(function):
+def cuda_graph(function, device):
     """Capture function() on tensors that stay in place. Return the graph, to replay(), and what function() returned."""
-    graph = torch.cuda.CUDAGraph()
-    capture = torch.cuda.graph(graph, capture_error_mode='thread_local')  # other threads may go on using CUDA
-    main, side = torch.cuda.current_stream(), capture.capture_stream
-    try:
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            function()  # loads kernels and libraries, which cannot be captured
-        main.wait_stream(side)
-        with capture:
-            output = function()
-    finally:
-        torch.cuda.set_stream(main)  # if the capture fails, the current stream is still the other one
+    with torch.cuda.device(device):  # a new thread begins on GPU 0, whose stream would capture nothing
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, capture_error_mode='thread_local')  # other threads may go on using CUDA
+        main, side = torch.cuda.current_stream(), capture.capture_stream
+        try:
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                function()  # loads kernels and libraries, which cannot be captured
+            main.wait_stream(side)
+            with capture:
+                output = function()
+        finally:
+            torch.cuda.set_stream(main)  # if the capture fails, the current stream is still the other one
     return graph, output

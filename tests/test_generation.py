@@ -1,5 +1,7 @@
 """Writing token by token: the KV cache against the whole network, sampling against definitions, the sampling loop."""
+import contextlib
 from functools import partial
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -231,7 +233,7 @@ def graphs(monkeypatch):
     """Let CPUs capture their steps. Return the graphs."""
     made = []
 
-    def fake(function):
+    def fake(function, device):
         made.append(FakeGraph())
         function()
         with made[-1]:
@@ -282,7 +284,7 @@ def test_captured_steps_under_autocast(style, monkeypatch, graphs):
 
 def test_steps_that_cannot_be_captured(monkeypatch, graphs, capsys):
     """One warning, and the texts are the same."""
-    def fail(function):
+    def fail(function, device):
         function()
         raise RuntimeError('not supported\nhere')
 
@@ -294,6 +296,21 @@ def test_steps_that_cannot_be_captured(monkeypatch, graphs, capsys):
         assert [row.ids for row in final_rows(model, CHARS, PROMPTS, 20, [1, 2, 3])] == [row.ids for row in expected]
     err = capsys.readouterr().err
     assert err.count('\n') == err.count('warning') == 1 and 'RuntimeError: not supported' in err
+
+
+def test_captured_on_the_device_of_the_tokens(monkeypatch):
+    """Also in a thread, which begins on GPU 0: the graph of the other GPU would be empty, and its tokens garbage."""
+    current, seen = ['cuda:0'], []
+
+    @contextlib.contextmanager
+    def on(device):
+        before, current[0] = current[0], str(device)
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch, 'cuda', MagicMock(device=on))
+    kv_cache.cuda_graph(lambda: seen.append(current[0]), torch.device('cuda:1'))
+    assert seen == ['cuda:1'] * 2 and current == ['cuda:0']
 
 
 # --- sample_token() and the repetition penalty
