@@ -295,7 +295,8 @@ first_iter = iter_num
 eval_windows = eval_iters * batch_size if eval_iters > 0 else -1
 # targets and tokens of a step differ between ranks, unless the rows of a text are drawn at random
 same_divisor = env.world_size == 1 or (objective == 'next_token' and not data.kind and data_order == 'random')
-steps = load_ahead(load_batches, iter_num, getattr(objective_module.load, 'ahead', True))
+ahead = env.device_type != 'cpu' and getattr(objective_module.load, 'ahead', True)  # on a CPU all cores compute
+steps = load_ahead(load_batches, iter_num, ahead)
 unread = Unread(env)  # the numbers of steps that a GPU may still be computing
 gc.freeze()  # Python's garbage collector need not look at all this again
 flops_per_token = None if model.lora else model.flops_per_token()  # it counts full training

@@ -22,8 +22,8 @@ from another one.
     load(data, split, rows, block_size, context)
         The batch of some of these rows: a tuple of CPU tensors. batch[0] are the tokens X (rows, T),
         batch[1] the targets Y (rows, T), -1 where the loss does not count. What else a batch has is up
-        to the objective. It is called in a thread, while the step before is computed; if it needs the model as it is at
-        that step (grpo generates text with it), say load.ahead = False below the function.
+        to the objective. Beside a GPU it is called in a thread, while the step before is computed; if it needs the
+        model as it is at that step (grpo generates text with it), say load.ahead = False below the function.
     divisor(batch)
         How many things (tokens, pairs) the loss of this batch is averaged over.
     loss(model, batch)
