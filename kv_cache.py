@@ -39,6 +39,7 @@ class KVCache:
         self.windows = windows
         self.pads = pads
         self.length = length
+        self.shortest = min(keys.size(2) for keys, _ in layers)  # slots of the layer that is full first
 
     def repeat(self, copies):
         """Return a cache in which each row stands `copies` times, side by side."""
@@ -48,21 +49,20 @@ class KVCache:
 
     def grow(self, most):
         """Where the next token would overwrite the oldest, add some slots, up to `most` or the layer's window."""
+        if self.length < self.shortest:
+            return
         for i, (layer, window) in enumerate(zip(self.layers, self.windows)):
             slots, limit = layer[0].size(2), min(window or most, most)
             if self.length == slots < limit:
                 more = min(limit - slots, max(MIN_NEW_SLOTS, slots // 4))  # a share, so that copying stays cheap
                 self.layers[i] = tuple(F.pad(x, (0, 0, 0, more)) for x in layer)  # so few are in memory twice
+        self.shortest = min(keys.size(2) for keys, _ in self.layers)
 
     def restart(self):
         """Empty the cache for a context that begins one token later, which drops one token of padding."""
         self.length = 0
         if self.pads is not None:
             self.pads = (self.pads - 1).clamp(min=0)
-
-    def used(self, slots):
-        """Return how many of a layer's slots attention looks at."""
-        return slots if torch.is_tensor(self.length) else min(self.length, slots)
 
     def extend(self, T):
         """
@@ -82,33 +82,37 @@ class KVCache:
 
     def places(self, start, T, slots, window, device):
         """
-        Return the slots of the new tokens, without those that newer ones overwrite, and the mask (B, T, n) of the keys
-        that they may attend to: those of the prompt, or the slots in use. None: all of them.
+        Return the slots of the new tokens, without those that newer ones overwrite; how many slots are in use; and the
+        mask (B, T, n) of the keys that the tokens may attend to: those of the prompt, or the n slots in use. None: all.
         """
-        index = start + torch.arange(T, device=device)  # of the new tokens (T,)
-        new_slots = index[-slots:] % slots
+        if torch.is_tensor(start):  # in a graph, which has to be right for any start
+            index, used = start + torch.arange(T, device=device), slots
+        else:
+            index, used = torch.arange(start, start + T, device=device), min(start + T, slots)  # index (T,)
+        new_slots = (index[-slots:] if T > slots else index) % slots
         if self.pads is None:
-            return new_slots, None
-        if len(index) > 1:
+            return new_slots, used, None
+        if T > 1:
             key = index  # (n,)
         else:
-            slot = torch.arange(self.used(slots), device=device)  # (n,)
+            slot = torch.arange(used, device=device)  # (n,)
             key = self.length - 1 - (self.length - 1 - slot) % slots  # the token in each
         query = index[:, None]  # (T, 1)
         in_window = query - key < window if window else True
         # padding attends to itself, so that no softmax row is fully masked (NaN)
-        return new_slots, (self.pads[:, None, None] <= key) & (key <= query) & in_window | (key == query)
+        return new_slots, used, (self.pads[:, None, None] <= key) & (key <= query) & in_window | (key == query)
 
-    def attend(self, keys, values, window, new_slots, mask, q, k, v, dropout):
+    def attend(self, keys, values, window, new_slots, used, mask, q, k, v, dropout):
         """Store k and v (nkv, B, T, hs) of new tokens. Return the attention (nh, B, T, hs) of q over the cache."""
         nh, B, T, hs = q.shape
-        n = len(new_slots)  # fewer than T if the prompt is longer than the window
-        keys.index_copy_(2, new_slots, k if n == T else k[:, :, -n:])
-        values.index_copy_(2, new_slots, v if n == T else v[:, :, -n:])
         if T > 1:  # the prompt: nothing is in the cache before it
+            n = len(new_slots)  # fewer than T if the prompt is longer than the window
+            keys.index_copy_(2, new_slots, k[:, :, -n:])
+            values.index_copy_(2, new_slots, v[:, :, -n:])
             return attention(q, k, v, mask=None if mask is None else mask[:, None], window=window)
-        n = self.used(keys.size(2))
-        keys, values = keys.narrow(2, 0, n), values.narrow(2, 0, n)
+        keys.index_copy_(2, new_slots, k)
+        values.index_copy_(2, new_slots, v)
+        keys, values = keys.narrow(2, 0, used), values.narrow(2, 0, used)
         if mask is not None:
             mask = mask[None]  # (1, B, 1, n)
         if len(k) == nh:
