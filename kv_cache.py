@@ -73,11 +73,11 @@ class KVCache:
         start = self.length
         self.length = start + T
         places = {}  # window: what its layers share
-        for (keys, _), window in zip(self.layers, self.windows):
+        attends = []
+        for (keys, values), window in zip(self.layers, self.windows):
             if window not in places:
                 places[window] = self.places(start, T, keys.size(2), window, keys.device)
-        attends = [partial(self.attend, *layer, window, *places[window])
-                   for layer, window in zip(self.layers, self.windows)]
+            attends.append(partial(self.attend, keys, values, window, *places[window]))
         return start, 0 if self.pads is None else self.pads[:, None], attends
 
     def places(self, start, T, slots, window, device):
