@@ -87,9 +87,10 @@ class KVCache:
         """
         if torch.is_tensor(start):  # in a graph, which has to be right for any start
             index, used = start + torch.arange(T, device=device), slots
+            new_slots = index % slots
         else:
             index, used = torch.arange(start, start + T, device=device), min(start + T, slots)  # index (T,)
-        new_slots = (index[-slots:] if T > slots else index) % slots
+            new_slots = index if start + T <= slots else index[-slots:] % slots
         if self.pads is None:
             return new_slots, used, None
         if T > 1:
