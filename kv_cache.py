@@ -1,8 +1,8 @@
 """
 What makes generating text fast: a cache of keys and values, and on CUDA the step of a token captured as a graph.
 
-    cache = KVCache(layers, windows)        then GPT.hidden(idx, cache) reads only the new tokens idx
-    step = CapturedStep(step, cache)        step(token, cache), which reads one token, without the host's work
+    cache = new_cache(config, idx, ...)     then GPT.hidden(idx, cache) reads only the new tokens idx
+    read = captured(step, cache)            step(token, cache), which reads one token, without the host's work
 
 Shapes: B batch, T tokens, nh query heads, nkv key/value heads, hs channels per head, V vocabulary.
 """
@@ -16,12 +16,25 @@ from torch.nn import functional as F
 from kernels import attention
 
 MIN_NEW_SLOTS = 256  # tokens by which a cache grows at least
+CAPTURED_ON = ('cuda',)  # devices on which steps are captured
 
 
 def cache_bytes(config, slots, number_bytes):
     """Return the bytes of a cache of one row of so many tokens. number_bytes: of a number."""
     slots_of_layers = sum(min(window or slots, slots) for window in config.windows())
     return 2 * slots_of_layers * config.n_kv_head * config.head_size * number_bytes
+
+
+def new_cache(config, idx, pads, dtype):
+    """Return an empty cache for the prompts idx (B, T). dtype: of keys and values, where autocast has no other."""
+    B, T = idx.shape
+    device_type = idx.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    windows = config.windows()
+    shapes = [(2, config.n_kv_head, B, min(window or T, T), config.head_size) for window in windows]
+    layers = [tuple(torch.zeros(shape, dtype=dtype, device=idx.device)) for shape in shapes]
+    return KVCache(layers, windows, pads)
 
 
 class KVCache:
@@ -120,6 +133,12 @@ class KVCache:
             return F.scaled_dot_product_attention(q, keys, values, mask)
         q = q.view(len(k), nh // len(k), B, hs).transpose(1, 2)  # (nkv, B, nh / nkv, hs): query heads that share keys
         return F.scaled_dot_product_attention(q, keys, values, mask).transpose(1, 2).reshape(nh, B, 1, hs)
+
+
+def captured(step, cache):
+    """Return a function of a token (B,) alone that is step(token, cache); on CUDA it is captured as a graph."""
+    on = cache.layers[0][0].device.type in CAPTURED_ON
+    return CapturedStep(step, cache) if on else partial(step, cache=cache)
 
 
 class CapturedStep:

@@ -241,7 +241,7 @@ def graphs(monkeypatch):
         return made[-1], output
 
     monkeypatch.setattr(kv_cache, 'cuda_graph', fake)
-    monkeypatch.setattr(model_file, 'CAPTURED_ON', ('cpu',))
+    monkeypatch.setattr(kv_cache, 'CAPTURED_ON', ('cpu',))
     return made
 
 
@@ -253,7 +253,7 @@ def test_captured_steps(style, kwargs, monkeypatch, graphs):
     model, idx = new_model(style), torch.randint(V, (3, 4))
     tokens, logits = generate_greedily(model, idx, BLOCK + 9, **kwargs)
     assert len(graphs) == 2  # with 10 slots and with 16
-    monkeypatch.setattr(model_file, 'CAPTURED_ON', ())
+    monkeypatch.setattr(kv_cache, 'CAPTURED_ON', ())
     expected_tokens, expected = generate_greedily(model, idx, BLOCK + 9, **kwargs)
     assert torch.equal(tokens, expected_tokens)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
@@ -276,7 +276,7 @@ def test_captured_steps_under_autocast(style, monkeypatch, graphs):
         return torch.stack(seen)
 
     captured = logits()
-    monkeypatch.setattr(model_file, 'CAPTURED_ON', ())
+    monkeypatch.setattr(kv_cache, 'CAPTURED_ON', ())
     expected = logits()
     assert len(graphs) == 1
     assert (captured - expected).norm() < 0.02 * expected.norm()

@@ -30,6 +30,20 @@ def warm_up_momentum(opt, step):
             group['momentum'] = 0.85 + 0.1 * min(1.0, step / 300)
 
 
+def matrices_of(model):
+    """
+    Yield the weight matrices of the blocks, which Muon updates, as (parameter, row counts). The row counts are
+    those of the matrices stacked in it: queries, keys and values; gate and up.
+    """
+    config = model.config
+    n_query_rows, n_kv_rows = config.n_head * config.head_size, config.n_kv_head * config.head_size
+    for block in model.transformer.h:
+        yield block.attn.c_attn.weight, [n_query_rows, n_kv_rows, n_kv_rows]
+        yield block.attn.c_proj.weight, [config.n_embd]
+        yield block.mlp.c_fc.weight, [config.n_inner, config.n_inner] if block.mlp.gated else [config.n_inner]
+        yield block.mlp.c_proj.weight, [config.n_embd]
+
+
 def configure_optimizer(model, name, weight_decay, learning_rate, betas, muon_lr=0.0):
     """
     Return the optimizer of a model. AdamW has nanoGPT's two groups: matrices and embeddings decay, biases and the gains
@@ -38,7 +52,7 @@ def configure_optimizer(model, name, weight_decay, learning_rate, betas, muon_lr
     params = [p for p in model.parameters() if p.requires_grad]
     matrices, parts = [], []
     if name == 'muon':
-        for p, row_counts in model.matrices():
+        for p, row_counts in matrices_of(model):
             if p.requires_grad:
                 matrices.append(p)
                 parts.append(row_counts)
