@@ -126,6 +126,8 @@ def card(name, model, source, tok, as_adapter):
     lines = ['---', f'library_name: {library}', 'pipeline_tag: text-generation', MARK, '---', '', f'# {name}', '']
     kind = f'Adapters for {source["lora"]["base"]},' if as_adapter else 'A GPT of'
     lines += [f'{kind} {describe(model)}, trained with StoneGPT.', '']
+    if 'weights' in source:
+        lines += [f'These are its {source["weights"]}; "ema" marks what was measured with the averaged ones.', '']
     if 'folder' in source:
         return '\n'.join([*lines, f'Its weights are those of {init_from}.', ''])
 

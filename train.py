@@ -22,6 +22,7 @@ from core.estimates import check_memory, warn_if_slow
 from core.files import find
 from core.text.dataset import fingerprint, open_dataset
 from core.training import progress, run_folder, settings
+from core.training.averaging import Average
 from core.training.dry_run import MICRO_BATCHES, DryRun
 from core.training.evaluation import evaluate
 from core.training.log import Log
@@ -29,8 +30,8 @@ from core.training.optimizer import configure_optimizer, step_unless, warm_up_mo
 from core.training.pipeline import Unread, load_ahead, pin
 from core.training.samples import encode_prompts, show_batch, show_samples
 from core.training.saver import Saver, save_weights
-from core.weights.checkpoint import build_model, describe, load_model, new_model
-from core.weights.lora import add_lora, check_lora, describe_adapters, trained_weights, used_settings
+from core.weights.checkpoint import best_loss, load_model, new_model
+from core.weights.lora import set_up_lora, trained_weights
 from core.weights.vocabulary import fit_vocabulary, padded_vocab_size
 from model import GPTConfig
 
@@ -98,6 +99,7 @@ beta1 = 0.9  # AdamW's, for the mean of the gradient
 beta2 = 0.95  # AdamW's, for its square; 0.99 where a step sees few tokens
 grad_clip = 1.0  # clip the gradient's norm at this value; 0: do not
 skip_nonfinite = 0  # skip this many steps with a non-finite loss or gradient, then stop
+ema = 0.0  # also keep averaged weights, whose mean age is this fraction of the steps so far, e.g. 0.1; 0: do not
 # learning rate
 decay_lr = True  # warm up, then decay; False: constant
 schedule = 'cosine'  # 'cosine', or 'wsd': warm-up, stable, then a linear decay
@@ -147,16 +149,13 @@ weights_source = {}  # where the weights' tokenizer is found
 if start_from == 'scratch':
     architecture = {key: globals()[key] for key in settings.ARCHITECTURE}
     model_config = GPTConfig(vocab_size=padded_vocab_size(data.vocab_size), dropout=dropout, **architecture)
-    model = new_model(model_config, micro_rows, block_size, gradient_checkpointing, env)
+    model = new_model(model_config, micro_rows, block_size, gradient_checkpointing, env, ema)
 elif resuming:
     if training and env.master and os.path.isdir(out_dir):
         lock = run_folder.lock_run_folder(out_dir)  # this name keeps the lock until the process ends
-    checkpoint, checkpoint_path = run_folder.load_checkpoint_to_resume(out_dir)
-    model = build_model(checkpoint, checkpoint_path, env.device, dropout=dropout)
+    model, checkpoint, checkpoint_path = run_folder.load_to_resume(out_dir, env.device, dropout)
     weights_name = checkpoint_path
     weights_source = checkpoint
-    description = '' if model.lora else f': {describe(model)}'
-    print(f'resuming {checkpoint_path} at step {checkpoint["iter_num"]}{description}')
 else:
     model, weights_source = load_model(start_from, dropout=dropout)
     model.crop_block_size(settings.fit_block_size(block_size, model, start_from, config_given))
@@ -184,14 +183,9 @@ config.update(learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, l
 # --- 5. vocabulary, LoRA, and what must agree with the checkpoint and between ranks
 settings.check_data(data, dataset, data_order, block_size)
 base_vocab_size = fit_vocabulary(model, weights_source, data, weights_name)
-check_lora(model, weights_name, resuming, optimizer, parallel, config_given)
-if not resuming:
-    add_lora(model, weights_name, base_vocab_size, env.device)
-config.update(used_settings(model))  # a resumed run keeps its adapters
-if model.lora:
-    print(describe_adapters(model))
+config.update(set_up_lora(model, weights_name, base_vocab_size, resuming, config, config_given, env.device))
 if start_from != 'scratch' and not eval_only:
-    check_memory(model, micro_rows, block_size, env)
+    check_memory(model, micro_rows, block_size, env, ema)
 if training:
     settings.check_same_data(checkpoint, checkpoint_path, dataset, data_hash)
 data.vocab_size = min(data.vocab_size, model.config.vocab_size)  # reading a larger id exits
@@ -206,14 +200,13 @@ if resuming:
 # --- 6. objective, optimizer, run folder
 model = model.to('cpu' if env.sharded else env.device)  # shards move to the device below
 context = objective_module.start(model, data, env, config, checkpoint.get('objective', {}))
-prompts = []
-if sample_interval and training and not model.config.reward:  # a reward model generates no text
-    prompts = encode_prompts(sample_prompts, data, env)
+prompts = encode_prompts(sample_prompts, data, model, env) if sample_interval and training else []
 if training:  # exits before anything is written if the data cannot be drawn from
     objective_module.draw(data, total_rows, block_size, seed, iter_num, data_order)
 if env.sharded:
     model = shard(model, env)
 scaler = torch.amp.GradScaler(env.device_type, enabled=env.dtype == 'float16')  # does nothing unless enabled
+average = Average(model, ema, checkpoint.get('ema'))  # of the weights; empty if ema is 0
 opt = None
 if not eval_only:
     opt = configure_optimizer(model, optimizer, weight_decay, learning_rate, (beta1, beta2), muon_lr)
@@ -221,7 +214,7 @@ if not eval_only:
         run_folder.load_optimizer_state(opt, scaler, checkpoint, checkpoint_path, optimizer)
     if env.master and not dry_run:
         lock = run_folder.open_run_folder(
-            out_dir, opt, keep_last, resuming, run_id=run_id, launch=launch, config=config)
+            out_dir, opt, average, keep_last, resuming, run_id=run_id, launch=launch, config=config)
 checkpoint = weights_source = None  # free the memory
 
 # --- 7. compile, and average gradients over the ranks
@@ -262,6 +255,7 @@ def state():
     """Return the contents of a checkpoint. Random state is a function of (seed, step), so it is not saved."""
     return {
         'model': trained_weights(model),
+        'ema': average.state(),
         'model_args': vars(model.config),
         'lora': model.lora,
         'optimizer': opt.state_dict(),
@@ -283,12 +277,11 @@ def state():
 # --- 8. the training loop
 print(progress.describe_run(
     env, data, micro_steps, micro_rows, block_size, total_rows, max_iters if training else None, epoch_rows))
-if env.device_type == 'cpu' and not eval_only:
-    warn_if_slow(model.flops_per_token() * tokens_per_iter * (max_iters - iter_num), env)
 log = Log(out_dir, objective_module.MEASURES, iter_num, config, run_id) if training and env.master else None
 saver = Saver(out_dir, env, log, keep_last, background_save, resumed_from=checkpoint_path, step=iter_num)
 signals = catch_signals(not training)
 if not eval_only:
+    warn_if_slow(model.flops_per_token() * tokens_per_iter * (max_iters - iter_num), env)
     saver.reserve(state())
 rehearsal = DryRun(model, data, config, env, micro_rows, micro_steps, iter_num) if dry_run else None
 first_iter = iter_num
@@ -299,21 +292,20 @@ ahead = env.device_type != 'cpu' and getattr(objective_module.load, 'ahead', Tru
 steps = load_ahead(load_batches, iter_num, ahead)
 unread = Unread(env)  # the numbers of steps that a GPU may still be computing
 gc.freeze()  # Python's garbage collector need not look at all this again
-flops_per_token = None if model.lora else model.flops_per_token()  # it counts full training
-report = progress.StepReports(iter_num, max_iters, log_interval, log, env, flops_per_token)
+report = progress.StepReports(iter_num, max_iters, log_interval, log, env, model)
 while True:
     last = iter_num >= max_iters
     if (iter_num % eval_interval == 0 or last or eval_only) and not dry_run:
-        numbers = evaluate(objective_module, model, data, context, eval_windows, micro_rows, block_size, env)
+        numbers = evaluate(objective_module, model, average, data, context, eval_windows, micro_rows, block_size, env)
         measured = {'iter': iter_num, **numbers}
         print(progress.describe_evaluation(iter_num, numbers), flush=True)
         if log:
             log(iter_num, numbers)
-        best = numbers.get('val_loss', math.inf) < best_val_loss
+        best = best_loss(numbers) < best_val_loss
         # initial weights are saved only if they are the final ones, too
         if training and (iter_num > first_iter or (best if resuming else last)):
             if best:
-                best_val_loss = numbers['val_loss']
+                best_val_loss = best_loss(numbers)
             saver.save(state(), best)
         report.clock.restart(iter_num)
     if prompts and env.master and (iter_num % sample_interval == 0 or iter_num == first_iter or last):
@@ -323,7 +315,7 @@ while True:
         break
 
     batches = next(steps)
-    if dropout:
+    if dropout or config['lora_dropout']:
         reseed((seed * 1_000_003 + iter_num) * 1009 + 1 + env.rank, env)
     if prompts and iter_num == first_iter:
         show_batch(batches[0], data.tokenizer)
@@ -351,6 +343,7 @@ while True:
     # over all ranks: the loss (sum), a signal (any rank), a save that is due (rank 0)
     loss, any_signal, any_save = sum_on_device([total_loss / divisor, signals.signal or 0, save_due], env)
     step_unless(~(loss.isfinite() & grad_norm.isfinite()), opt)
+    average.update(iter_num)
     scaler.update()
     opt.zero_grad()
     if rehearsal and rehearsal.step(tokens):

@@ -114,8 +114,10 @@ def kill_and_compare(folder, kills, settings=(), seed=1):
     expected = load_last(str(undisturbed))[0]
     found = load_last(str(out_dir))[0]
     assert expected['iter_num'] == found['iter_num'] == steps
-    for key, weight in expected['model'].items():
-        assert torch.equal(weight, found['model'][key]), f'{key}: other weights'
+    for part in ('model', 'ema'):
+        assert expected[part].keys() == found[part].keys()
+        for key, weight in expected[part].items():
+            assert torch.equal(weight, found[part][key]), f'{key}: other weights'
     assert not list(out_dir.glob('*.tmp*')), 'an unfinished file is left'
     return (f'{killed} kills in {steps} steps, {while_training} of them while it trained and {while_writing} while a '
             f'checkpoint was written: always resumed, at most {most_lost} steps lost '

@@ -29,6 +29,15 @@ def shard(model, env):
     return fully_shard(model, mesh=mesh)
 
 
+def reshard(model):
+    """
+    Free the full parameters that FSDP keeps of the root after a forward pass; the next one gathers them again. Call
+    this after the shards have been changed. Does nothing for a model that is not sharded.
+    """
+    if hasattr(model, 'reshard'):
+        model.reshard()
+
+
 def to_local(tensor):
     """Return this rank's shard of a tensor; the tensor itself if it is not sharded."""
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor

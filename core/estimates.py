@@ -77,7 +77,9 @@ def measured_peak(env):
 
 
 def warn_if_slow(flops, env):
-    """Print a warning if training, which takes so many FLOPs, will take hours on this CPU."""
+    """On a CPU, print a warning if training, which takes so many FLOPs, will take hours."""
+    if env.device_type != 'cpu':
+        return
     flops_per_core = 100e9 if env.dtype == 'bfloat16' else 40e9  # per second, for small networks (docs/RECORDS.md)
     rate = env.world_size * torch.get_num_threads() * flops_per_core
     hours = flops / rate / 3600
@@ -88,12 +90,12 @@ def warn_if_slow(flops, env):
 # --- memory
 
 
-def check_memory(model, rows, T, env):
-    """Exit if training on (rows, T) tokens at a time cannot fit into memory. The model may be on 'meta'."""
+def check_memory(model, rows, T, env, ema=0.0):
+    """Exit if training on (rows, T) tokens at a time cannot fit into memory. See training_memory()."""
     available = total_memory(env)
     if available is None:
         return
-    weights, activations = training_memory(model, rows, T, env)
+    weights, activations = training_memory(model, rows, T, env, ema)
     if weights + activations <= available:
         return
     if weights > available:
@@ -127,10 +129,11 @@ def peak_memory(env):
         return None
 
 
-def training_memory(model, rows, T, env):
+def training_memory(model, rows, T, env, ema=0.0):
     """
     Return a lower bound of the bytes of training: (weights, gradients and two moments; what the backward pass needs of
     rows * T tokens). The model may be on 'meta'. Muon keeps one moment and needs another one in its step.
+    ema: train.py's setting; unless it is 0 there are averaged weights, too.
 
     Activations are counted as in Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), but for this network and
     without attention weights, which flash attention does not keep. Queries and keys count once, because torch.compile
@@ -141,7 +144,7 @@ def training_memory(model, rows, T, env):
     for tensor in (*model.parameters(), *model.buffers()):
         weights += tensor.nbytes
         if tensor.requires_grad:
-            weights += 12 * tensor.numel()  # 4 bytes each
+            weights += (16 if ema else 12) * tensor.numel()  # 4 bytes each
     size = 4  # bytes of a number
     if env.dtype != 'float32':
         size = 2

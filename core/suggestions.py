@@ -31,6 +31,7 @@ FOREIGN_NAMES = {
     'weight_decay': 'wd',
     'beta1': 'adam_beta1',
     'beta2': 'adam_beta2',
+    'ema': 'ema_decay use_ema model_ema averaging',
     'grad_clip': 'clip max_grad_norm grad_norm clip_grad gradient_clip gradient_clip_val clip_grad_norm',
     'batch_size': 'bs b batch micro_batch_size train_batch_size device_batch_size per_device_train_batch_size '
                   'per_device_eval_batch_size eval_batch_size',

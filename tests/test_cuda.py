@@ -167,10 +167,10 @@ def test_what_waits_and_what_fails(gpu, tmp_path):
 
 @pytest.mark.parametrize('style, optimizer', each('gpt2 adamw*', 'qwen3 muon*', 'gpt2 muon', 'qwen3 adamw'))
 def test_losses_are_those_of_the_cpu(gpu, style, optimizer, tiny_data, tmp_path):
-    args = [*TINY, *STYLES[style], f'--optimizer={optimizer}', f'--dataset={tiny_data}', '--dropout=0.0']
+    args = [*TINY, *STYLES[style], f'--optimizer={optimizer}', f'--dataset={tiny_data}', '--dropout=0.0', '--ema=0.2']
     succeed(run_script('train.py', *args, f'--out_dir={tmp_path / "cpu"}'))
     run_twice(gpu, 'train', 'max_iters', 2, 'train.py', *args, f'--out_dir={tmp_path / "gpu"}')
-    for column in ('loss', 'grad_norm', 'val_loss'):
+    for column in ('loss', 'grad_norm', 'val_loss', 'val_ema_loss'):
         expected = losses_of(tmp_path / 'cpu', column)
         assert losses_of(tmp_path / 'gpu', column) == [(step, pytest.approx(x, rel=1e-3)) for step, x in expected]
 
@@ -190,13 +190,13 @@ def test_precisions(gpu, dtype, style, optimizer, tiny_data, tmp_path):
 @pytest.mark.slow
 def test_resume(gpu, tiny_data, tmp_path):
     """A resumed run ends with the weights and the loss scale of an uninterrupted one."""
-    args = [*TINY, *STYLES['qwen3'], f'--dataset={tiny_data}', '--dtype=float16', '--dropout=0.1']
+    args = [*TINY, *STYLES['qwen3'], f'--dataset={tiny_data}', '--dtype=float16', '--dropout=0.1', '--ema=0.2']
     succeed(gpu('train.py', *args, '--max_iters=6', f'--out_dir={tmp_path / "one"}'))
     succeed(gpu('train.py', *args, '--max_iters=3', f'--out_dir={tmp_path / "two"}'))
     resumed = succeed(gpu('train.py', *args, '--max_iters=6', f'--out_dir={tmp_path / "two"}', '--init_from=resume'))
     assert 'at step 3' in resumed.out
     one, two = (torch.load(tmp_path / name / 'ckpt.pt', weights_only=True) for name in ('one', 'two'))
-    assert all(torch.equal(one['model'][key], two['model'][key]) for key in one['model'])
+    assert all(torch.equal(one[part][key], two[part][key]) for part in ('model', 'ema') for key in one['model'])
     assert one['scaler'] == two['scaler'] and one['scaler']['scale'] > 1
 
 

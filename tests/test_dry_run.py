@@ -113,17 +113,17 @@ def test_processes_on_a_cpu_share_its_memory(tiny_data, tmp_path, monkeypatch):
         assert re.search(r'B in each of 1000000 processes; .*: it does not fit$', result.out, re.MULTILINE)
 
 
-CONFIG = {'max_iters': 1000, 'eval_interval': 100, 'eval_iters': 10, 'batch_size': 4}
+CONFIG = {'max_iters': 1000, 'eval_interval': 100, 'eval_iters': 10, 'batch_size': 4, 'ema': 0.0}
 
 
-def rehearse(monkeypatch, capsys, step_seconds, micro_steps=1, tokens=640, kind=''):
+def rehearse(monkeypatch, capsys, step_seconds, micro_steps=1, tokens=640, kind='', ema=0.0):
     """Tell a DryRun of steps that take so many seconds. Returns their number, (speed, ms) and the line on time."""
     now = [0.0]
     env = SimpleNamespace(device='cpu', device_type='cpu', dtype='float32', ddp=False, world_size=1, sharded=False)
     model = GPT(GPTConfig(block_size=32, vocab_size=10, n_layer=1, n_head=1, n_embd=8))
     data = SimpleNamespace(kind=kind, splits={'train': 9000, 'val': 1000})
     monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
-    rehearsal = DryRun(model, data, CONFIG, env, 4, micro_steps, 0)
+    rehearsal = DryRun(model, data, CONFIG | {'ema': ema}, env, 4, micro_steps, 0)
     steps = 0
     done = False
     while not done:
@@ -135,11 +135,12 @@ def rehearse(monkeypatch, capsys, step_seconds, micro_steps=1, tokens=640, kind=
     return steps, [float(number.replace(',', '')) for number in numbers], line.strip()
 
 
-def test_hours(monkeypatch, capsys):
+@pytest.mark.parametrize('ema, splits', [(0.0, 2), (0.1, 3)])  # averaged weights: the validation split again
+def test_hours(ema, splits, monkeypatch, capsys):
     """The first steps, which are slow, do not count; evaluations do."""
-    steps, speed, time = rehearse(monkeypatch, capsys, lambda i: 20.0 if i < 2 else 4.0)
+    steps, speed, time = rehearse(monkeypatch, capsys, lambda i: 20.0 if i < 2 else 4.0, ema=ema)
     assert (steps, speed) == (5, [160, 4000])
-    evaluations = 11 * 2 * 10 * 4 * 32 / (3 * 160)  # seconds: at steps 0, 100, ... 1000, both splits, forward only
+    evaluations = 11 * splits * 10 * 4 * 32 / (3 * 160)  # seconds: at steps 0, 100, ... 1000, forward only
     assert time == (f'time        {(4000 + evaluations) / 3600:.1f} hours for 1,000 steps, about '
                     f'{evaluations / 60:.1f} minutes of it for evaluations')
 

@@ -9,6 +9,7 @@ from conftest import exit_line
 from core import estimates
 from core.device import shapes_only
 from core.estimates import check_memory, known_peak, largest_batch, training_memory
+from core.training.averaging import Average
 from core.training.optimizer import configure_optimizer
 from model import GPT, GPTConfig
 
@@ -118,12 +119,14 @@ def test_logits_of_a_large_vocabulary():
 
 @pytest.mark.parametrize('style', STYLES)
 def test_weights(style):
-    """Parameters, gradients and AdamW's state, exactly."""
+    """Parameters, gradients, AdamW's state and averaged weights, exactly."""
     model = new_model(style)
     weights, _ = training_memory(model, ROWS, T, env('float32'))
     state = configure_optimizer(model, 'adamw', 0.1, 1e-3, (0.9, 0.95)).state
     moments = sum(value.nbytes for values in state for name, value in values.items() if name != 'step')
     assert weights == 2 * sum(p.nbytes for p in model.parameters()) + moments
+    averages = sum(average.nbytes for _, average in Average(model, 0.1).pairs)
+    assert training_memory(model, ROWS, T, env('float32'), ema=0.1)[0] == weights + averages
 
 
 def test_largest_batch(monkeypatch):

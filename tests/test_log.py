@@ -13,7 +13,7 @@ from core.training.log import Log, spike_detector
 
 def test_a_number_with_a_new_name(tmp_path):
     """It is a new column in the same file. A resumed run keeps it, and its order of the columns does not matter."""
-    config = {'wandb_log': False, 'tensorboard_log': False}
+    config = {'wandb_log': False, 'tensorboard_log': False, 'ema': 0.0}
     log = Log(str(tmp_path), ['loss'], 0, config, 'x')
     log(0, {'val_loss': 3.0})
     log(0, {'loss': 2.0, 'lr': 0.1})

@@ -23,6 +23,7 @@ GOOD = {
     'lr_decay_iters': 10, 'data_order': 'random', 'parallel': 'ddp', 'optimizer': 'adamw', 'schedule': 'cosine',
     'seed': 1337, 'epochs': 0.0, 'wandb_log': False, 'tensorboard_log': False, 'decay_lr': True, 'sample_interval': 0,
     'sample_tokens': 100, 'window': 0, 'window_pattern': 'SSSL', 'eval_only': False, 'dry_run': False,
+    'ema': 0.0,
 }
 
 
@@ -57,6 +58,8 @@ GOOD = {
     ('beta2', -0.5, '[0, 1)'),
     ('dropout', 1.0, '[0, 1)'),
     ('cooldown', 1.5, '[0, 1]'),
+    ('ema', -0.1, '[0, 0.5]'),
+    ('ema', 0.999, '[0, 0.5]'),
     ('epochs', -1.0, 'at least 0'),
     ('epochs', float('inf'), 'a finite number'),
     ('max_iters', -2, 'at least 0, or -1'),

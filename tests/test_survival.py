@@ -95,7 +95,7 @@ def test_kills(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == 'nt', reason='no kill -9')
 def test_more_kills(tmp_path):
-    settings = ['--optimizer=muon', '--data_order=epochs']
+    settings = ['--optimizer=muon', '--data_order=epochs', '--ema=0.1']
     assert kill_and_compare(tmp_path, 4, settings, seed=2).startswith('4 kills')
 
 

@@ -67,7 +67,7 @@ class DryRun:
         """seconds: of a step, which had at most MICRO_BATCHES; steps: how many were timed."""
         model, env, T = self.model, self.env, self.model.config.block_size
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        weights, activations = training_memory(model, self.micro_rows, T, env)
+        weights, activations = training_memory(model, self.micro_rows, T, env, self.config['ema'])
         peak, available = peak_memory(env), total_memory(env)
         print('dry run, nothing was written:')
         print(f'  parameters  {sum(p.numel() for p in model.parameters()):,}, of which {trained:,} are trained')
@@ -99,6 +99,8 @@ class DryRun:
         count = max_iters // interval - (self.iter_num - 1) // interval + (max_iters % interval > 0)
         rows = self.config['eval_iters'] * self.config['batch_size']
         splits = sum(length > 1 for length in self.data.splits.values())
+        if self.config['ema'] and self.data.splits.get('val', 0) > 1:
+            splits += 1  # for the averaged weights
         return count * splits * (rows * T if rows > 0 else self.data.splits.get('val', 0))
 
 

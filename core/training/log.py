@@ -17,7 +17,8 @@ class Log:
     def __init__(self, out_dir, measures, start, config, run_id):
         self.path = os.path.join(out_dir, 'log.csv')
         self.columns = ['iter', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'mfu']
-        self.columns += [f'{split}_{name}' for name in measures for split in ('train', 'val')]
+        evaluated = ('train', 'val', 'val_ema') if config['ema'] else ('train', 'val')
+        self.columns += [f'{key}_{name}' for name in measures for key in evaluated]
         self.file = None
         self.lock = threading.Lock()  # the checkpoint writer calls sync() in its thread
         self.wandb = None

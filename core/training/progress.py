@@ -73,10 +73,10 @@ class StepReports:
     """
     Prints and logs what the steps have found: a line every `log_interval` steps and after ten seconds of silence, the
     status line, and a warning when the loss jumps.
-    flops_per_token: of training; None: MFU is not shown.
+    MFU is shown for known GPUs, but not for adapters: flops_per_token() counts full training.
     """
 
-    def __init__(self, step, max_iters, log_interval, log, env, flops_per_token):
+    def __init__(self, step, max_iters, log_interval, log, env, model):
         self.clock = StepClock(step)
         self.status = StatusLine()
         self.spike = spike_detector()
@@ -84,7 +84,7 @@ class StepReports:
         self.log_interval = log_interval
         self.log = log
         self.flops_per_s = env.peak_flops and env.peak_flops * env.world_size
-        self.flops_per_token = flops_per_token
+        self.flops_per_token = None if model.lora else model.flops_per_token()
 
     def is_line_due(self, step):
         return step % self.log_interval == 0 or self.clock.is_silent()

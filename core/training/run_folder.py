@@ -11,19 +11,20 @@ import torch
 
 from core.distributed import all_reduce
 from core.files import atomic, lock_folder
-from core.weights.checkpoint import earlier_checkpoints, load_last
+from core.weights.checkpoint import build_model, describe, earlier_checkpoints, load_last
 
 # what atomic() and copy_checkpoint() leave behind in a run's folder if the run is killed
 TEMPORARY = re.compile(r'(ckpt|ckpt_\d{8}|best|weights|log|run|samples)\.(pt|csv|json|jsonl)\.tmp\d+')
 
 
-def open_run_folder(out_dir, opt, keep_last, resuming, **run_json):
+def open_run_folder(out_dir, opt, average, keep_last, resuming, **run_json):
     """Lock the folder, check the room on its disk, write run.json, and return the lock. Exits if one of them fails."""
     lock = lock_run_folder(out_dir)
     if not resuming and has_checkpoint(out_dir):
         print(f'warning: {out_dir} has checkpoints of another run, which the first of this one will replace; '
               'to go on with that one: --init_from=resume', flush=True)
     tensors = [p for group in opt.param_groups for p in group['params']]
+    tensors += [p for p, _ in average.pairs]
     for moments in opt.state_dict()['state'].values():  # of torch's optimizers empty before the first step
         tensors += filter(torch.is_tensor, moments.values())
     check_disk(out_dir, sum(tensor.numel() * tensor.element_size() for tensor in tensors), keep_last)
@@ -31,14 +32,20 @@ def open_run_folder(out_dir, opt, keep_last, resuming, **run_json):
     return lock
 
 
-def load_checkpoint_to_resume(out_dir):
-    """Return the last checkpoint and its path. Exits if there is none, or if it has no training state."""
+def load_to_resume(out_dir, device, dropout):
+    """
+    Return the network of the last checkpoint with its raw weights (LoRA: on the device), the checkpoint and its path,
+    and print a line about it. Exits if there is none, or if it has no training state.
+    """
     checkpoint, path = load_last(out_dir)
     missing = [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in checkpoint]
     if missing:
         sys.exit(f'{path}: no {", ".join(missing)} in it, so it cannot be resumed; '
                  f'to start from its weights: --init_from={path}')
-    return checkpoint, path
+    model = build_model(checkpoint, path, device, dropout=dropout)
+    description = '' if model.lora else f': {describe(model)}'
+    print(f'resuming {path} at step {checkpoint["iter_num"]}{description}')
+    return model, checkpoint, path
 
 
 def load_optimizer_state(opt, scaler, checkpoint, path, name):

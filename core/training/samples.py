@@ -37,12 +37,14 @@ def length_without_padding(X, Y, document=None):
     return length + 1  # windows() repeats the last token of the text
 
 
-def encode_prompts(prompts, data, env):
+def encode_prompts(prompts, data, model, env):
     """
     Return [(text, ids)] of the setting sample_prompts: texts to continue, separated by |. For a dataset
-    of conversations they are messages of a user, and '' is the first prompt of the dataset. Exits if
-    the model cannot continue them.
+    of conversations they are messages of a user, and '' is the first prompt of the dataset. A reward model
+    generates no text and has none. Exits if the model cannot continue them.
     """
+    if model.config.reward:
+        return []
     tokenizer = data.tokenizer
     if env.sharded:
         sys.exit('sample_interval: a part of the network in each process (parallel=fsdp) writes nothing by itself; '

@@ -10,6 +10,7 @@ from core.distributed import full_tensor
 from core.weights.checkpoint import (
     EARLIER,
     checkpoint_path,
+    choose_weights,
     copy_checkpoint,
     earlier_checkpoints,
     load_checkpoint,
@@ -18,8 +19,12 @@ from core.weights.checkpoint import (
 
 
 def save_weights(out_dir):
-    """Write weights.pt: the checkpoint that sampling uses, without the optimizer. A third of its size, for sharing."""
+    """
+    Write weights.pt for sharing: the checkpoint and the weights that sampling uses, without the optimizer. A third of
+    the size.
+    """
     checkpoint = load_checkpoint(checkpoint_path(out_dir))
+    choose_weights(checkpoint)
     for key in ('optimizer', 'scaler'):
         checkpoint.pop(key, None)
     save_checkpoint(checkpoint, os.path.join(out_dir, 'weights.pt'))

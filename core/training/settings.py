@@ -41,6 +41,7 @@ def check_settings(config, given=()):
         expect(0 <= config[key] < 1, key, 'a number in [0, 1)')
     expect(set(config['window_pattern']) in ({'S'}, {'L'}, {'S', 'L'}), 'window_pattern', 'letters S and L, like SSSL')
     expect(0 <= config['cooldown'] <= 1, 'cooldown', 'a number in [0, 1]')
+    expect(0 <= config['ema'] <= 0.5, 'ema', 'a number in [0, 0.5]; 0.5 is the mean over all steps')
     for key in ('max_iters', 'lr_decay_iters'):
         expect(config[key] >= -1, key, 'at least 0, or -1 (see --help)')
     expect(config['eval_iters'] != 0, 'eval_iters', 'above 0, or -1 (all)')

@@ -169,12 +169,30 @@ def checkpoint_path(out_dir, ckpt=''):
     return last if config.get('always_save_checkpoint', True) else best
 
 
-def new_model(config, rows, T, gradient_checkpointing, env):
+def best_loss(measured):
+    """Return the lower validation loss of an evaluation: that of the raw or of the averaged weights; inf if none."""
+    return min(measured.get('val_loss', math.inf), measured.get('val_ema_loss', math.inf))
+
+
+def choose_weights(checkpoint):
+    """
+    Of a run with averaged weights: make 'model' those that had the lower validation loss at the last evaluation, remove
+    'ema' and say in 'weights' which they are. They are the raw ones if there was no evaluation yet.
+    """
+    averaged = checkpoint.pop('ema', None)
+    if averaged:
+        measured = checkpoint.get('measured', {})
+        is_better = measured.get('val_ema_loss', math.inf) < measured.get('val_loss', math.inf)
+        checkpoint['model'] = averaged if is_better else checkpoint['model']
+        checkpoint['weights'] = 'averaged weights' if is_better else 'raw weights'
+
+
+def new_model(config, rows, T, gradient_checkpointing, env, ema=0.0):
     """Return a new model. Exits before it takes memory if training on (rows, T) tokens at a time cannot fit."""
     with shapes_only():
         shapes = GPT(config)
     shapes.gradient_checkpointing = gradient_checkpointing
-    check_memory(shapes, rows, T, env)
+    check_memory(shapes, rows, T, env, ema)
     model = GPT(config)
     print(f'new model: {describe(model)}')
     return model
@@ -226,8 +244,8 @@ def load_base_with_adapters(checkpoint, path, device, **overrides):
 
 def load_model(init_from, out_dir='out', ckpt='', dropout=0.0, quiet=False):
     """
-    Load a network onto the CPU; LoRA adapters are merged into their base. Returns (model, source). Unless quiet, print
-    what was loaded.
+    Load a network onto the CPU; LoRA adapters are merged into their base, and of raw and averaged weights
+    choose_weights() takes the better ones. Returns (model, source). Unless quiet, print what was loaded.
 
     init_from: 'resume' (the run in out_dir, or the file ckpt), a checkpoint file, a run's folder, or a GPT-2, Llama
     or Qwen3 by its name on the Hugging Face hub (perhaps name@revision) or its folder.
@@ -251,6 +269,7 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0, quiet=False):
         return model, {'folder': folder, 'hub': hub}
 
     checkpoint = load_checkpoint(path)
+    choose_weights(checkpoint)
     model = build_model(checkpoint, path, dropout=dropout)
     if model.lora:
         model = merge(model)
@@ -258,6 +277,8 @@ def load_model(init_from, out_dir='out', ckpt='', dropout=0.0, quiet=False):
     loss = checkpoint.get('best_val_loss')
     if loss is not None and math.isfinite(loss):
         text += f', best validation loss {float(loss):.4f}'
+    if 'weights' in checkpoint:
+        text += f', {checkpoint["weights"]}'
     if not quiet:
         print(text)
     return model, checkpoint

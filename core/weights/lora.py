@@ -100,13 +100,29 @@ def check_lora(model, origin, resuming, optimizer, parallel, given):
                          'leave it out, or choose another --out_dir')
 
 
+def set_up_lora(model, origin, base_vocab_size, resuming, config, given, device):
+    """
+    Add adapters as the settings of this file say, unless the run is resumed, and print a line about them. Return the
+    settings that the model has, {name: value}: a resumed one keeps those that it was given at first.
+
+    config, given: train.py's settings, and those of the command line; the others: see check_lora() and add_lora().
+    Exits as these do.
+    """
+    check_lora(model, origin, resuming, config['optimizer'], config['parallel'], given)
+    if not resuming:
+        add_lora(model, origin, base_vocab_size, device)
+    if model.lora:
+        print(describe_adapters(model))
+    return used_settings(model)
+
+
 def lora_settings():
     """Return the settings of this file, {name: value}."""
     return {key: globals()[key] for key in SETTINGS}
 
 
 def used_settings(model):
-    """Return the settings that this model has, {name: value}: a resumed one keeps those that it was given at first."""
+    """Return the settings that this model has, {name: value}."""
     if not model.lora:
         return {'lora_rank': 0}
     return {key: model.lora[key] for key in SETTINGS}
