@@ -1,8 +1,10 @@
 """
-Evaluate a model: its loss on a text, also in bits per byte, and its answers to multiple-choice questions.
+Evaluate a model: its loss on a text, also in bits per byte, and its answers to multiple-choice questions. Of several
+models the probabilities are averaged.
 
     python evaluate.py --out_dir=out-shakespeare-char                              # validation split of its dataset
     python evaluate.py --out_dir=out-shakespeare-char --dtype=float32,int8         # what rounding the weights costs
+    python evaluate.py --out_dir=out-a,out-b                                       # each of them, and their mean
     python evaluate.py --init_from=gpt2 --data=my.txt --stride=256                 # each token after 768 or more others
     python evaluate.py --init_from=gpt2 --tasks=hellaswag_val.jsonl                # HellaSwag's format
     python evaluate.py --init_from=gpt2 --lm_eval=piqa,arc_easy                    # tasks of lm-evaluation-harness
@@ -29,12 +31,13 @@ from core.text.dataset import open_dataset
 from core.text.tokenizer import load_tokenizer
 from core.training.pipeline import pin
 from core.weights.checkpoint import load_model, refuse_reward_model, source_tokenizer
+from core.weights.ensemble import Ensemble, mean_logps, split_names
 from core.weights.quantize import prepare_for_inference
 from objectives import next_token
 
 # ----------------------------------------------------------------------------------------------------------------------
-init_from = 'resume'  # 'resume' (the run in out_dir), 'gpt2' (-medium, -large, -xl), or a checkpoint, run or HF folder
-out_dir = 'out'  # the run to evaluate, if init_from is 'resume'
+init_from = 'resume'  # 'resume' (the run in out_dir), 'gpt2' (-medium, ...), a checkpoint, run, HF folder; several: a,b
+out_dir = 'out'  # the run to evaluate, if init_from is 'resume'; several: a,b
 ckpt = ''  # this checkpoint file instead of the one that out_dir offers
 tokenizer = ''  # 'gpt2' or a tokenizer.json, instead of the model's own
 data = ''  # a dataset folder or a text file in UTF-8; '': the dataset that the run was trained on
@@ -145,9 +148,12 @@ def windows_of(text, T, step):
     return np.array(windows)
 
 
-def print_loss(model, text, env):
-    """Print the loss of a text, in which all tokens but the first count once, or of the answers in conversations."""
-    context = model.config.block_size
+def print_loss(models, text, env):
+    """
+    Print the loss of a text, in which all tokens but the first count once, or of the answers in conversations: of each
+    of the models {name: model}, and of the mean of their probabilities if there are several.
+    """
+    context = min(model.config.block_size for model in models.values())
     T = block_size or context
     step = stride or T
     if T > context or step > T:
@@ -165,15 +171,21 @@ def print_loss(model, text, env):
             n_context = torch.from_numpy(first_counted - window_start)
             Y[torch.arange(T) < n_context[:, None]] = -1
             batch = to_device(pin((X, Y, *document), env), env)
-            found.append(next_token.measure(model, batch, text.dataset))  # read at the end: no batch waits for it
-    sums = torch.stack(found).cpu().double().sum(dim=0)
-    (nats, n_tokens), (bits, n_bytes), (_, n_chars) = sums.tolist()
+            losses = [model(*batch) for model in models.values()]  # (rows, T) each
+            if len(losses) > 1:
+                losses.append(-mean_logps(-loss for loss in losses))
+            found.append(torch.stack([next_token.measures_of(loss, batch[1], text.dataset) for loss in losses]))
+    sums = torch.stack(found).cpu().double().sum(dim=0)  # read at the end: no batch waits for it
+    _, n_tokens, _, n_bytes, _, n_chars = sums[0].flatten().tolist()
     seconds = time.perf_counter() - started
-    loss = nats / n_tokens
     print(f'{text.name}: {n_tokens:,.0f} tokens, {n_bytes:,.0f} bytes, {n_chars:,.0f} characters; '
           f'windows of {T:,}, every {step:,}, in {seconds:.1f} s')
-    print(f'{env.dtype}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.3f}, '
-          f'bits per byte {bits / max(n_bytes, 1):.4f}, bits per character {bits / max(n_chars, 1):.4f}', flush=True)
+    labels = [f', {name}' for name in models] + [f', mean of {len(models)}'] if len(models) > 1 else ['']
+    for label, ((nats, _), (bits, _), _) in zip(labels, sums.tolist()):
+        loss, per_byte, per_char = nats / n_tokens, bits / max(n_bytes, 1), bits / max(n_chars, 1)
+        perplexity = math.exp(min(loss, 700))
+        print(f'{env.dtype}{label}: loss {loss:.4f}, perplexity {perplexity:,.3f}, '
+              f'bits per byte {per_byte:.4f}, bits per character {per_char:.4f}', flush=True)
 
 
 def print_accuracy(model, tok, path, questions, env):
@@ -187,20 +199,43 @@ def print_accuracy(model, tok, path, questions, env):
           f'(guessing: {guessing:.4f})', flush=True)
 
 
+def load_networks(key, names):
+    """
+    Return the networks {name: model} that the setting `key` names, their tokenizer, and the dataset that the first one
+    was trained on, '' if that is not known. Exits if their tokenizers differ.
+    """
+    models, toks, datasets = {}, [], []
+    for name in names:
+        model, source = load_model(name) if key == 'init_from' else load_model('resume', **{key: name})
+        refuse_reward_model(model, name)
+        models[name] = model
+        datasets.append(source.get('config', {}).get('dataset', ''))
+        toks.append(load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source))
+        if toks[-1].json != toks[0].json and toks[-1].pieces != toks[0].pieces:
+            sys.exit(f'{key}={config[key]}: the tokenizer of {name} ({toks[-1].vocab_size:,} ids) is another one than '
+                     f'that of {names[0]} ({toks[0].vocab_size:,} ids); give networks with the same tokenizer')
+    return models, toks[0], datasets[0]
+
+
 questions = {path: read_choices(find(path), limit) for path in tasks.split(',') if path}
 envs = [setup(device, name) for name in dtype.split(',')]
+key = 'init_from' if init_from != 'resume' else 'ckpt' if ckpt else 'out_dir'
+names = split_names(key, config[key])
+if lm_eval and len(names) > 1:
+    sys.exit(f'lm_eval={lm_eval}, {key}={config[key]}: its tasks also generate text, for which one network is needed')
 for env in envs:
-    model, source = load_model(init_from, out_dir, ckpt)
-    refuse_reward_model(model, out_dir if init_from == 'resume' else init_from)
-    tok = load_tokenizer(tokenizer) if tokenizer else source_tokenizer(source)
+    models, tok, trained_on = load_networks(key, names)
     name = data
     if not data and not tasks and not lm_eval:
-        name = source.get('config', {}).get('dataset', '')
+        name = trained_on
         if not name:
             sys.exit('nothing to evaluate on: give --data (a dataset folder or a text file), --tasks or --lm_eval')
-    prepare_for_inference(model.to(env.device), env.dtype, batch_size * model.config.block_size)
+    for model in models.values():
+        prepare_for_inference(model.to(env.device), env.dtype, batch_size * model.config.block_size)
     if name:
-        print_loss(model, open_text(name, tok), env)
+        print_loss(models, open_text(name, tok), env)
+    if len(models) > 1:
+        model = Ensemble(list(models.values()))
     for path in questions:
         print_accuracy(model, tok, path, questions[path], env)
     if lm_eval:

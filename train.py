@@ -219,7 +219,7 @@ checkpoint = weights_source = None  # free the memory
 
 # --- 7. compile, and average gradients over the ranks
 if compile and not eval_only:
-    network = try_compile(model, micro_rows, block_size, env, bool(data.kind))
+    network = try_compile(model, micro_rows, block_size, env, bool(data.kind), hasattr(objective_module.loss, 'logits'))
 else:
     network = average_gradients(model, env)  # does nothing unless there are several ranks with full models
 # `network` computes the training loss; evaluation and samples use `model`

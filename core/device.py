@@ -185,7 +185,7 @@ def tune_malloc():
 # --- torch.compile
 
 
-def try_compile(model, rows, T, env, packed=False):
+def try_compile(model, rows, T, env, packed=False, logits=False):
     """
     Compile the model, wrap it with average_gradients() and try it on one batch (rows, T). Return the network. If
     compiling fails on a rank (no C++ compiler, no Triton) or the gradients are wrong, print a warning and return the
@@ -193,7 +193,7 @@ def try_compile(model, rows, T, env, packed=False):
 
     The trial goes through the wrapper: for DDP torch.compile splits the graph, so that gradients are averaged while the
     backward pass goes on, and it does so only then.
-    packed: a batch has a third tensor, the document of each token.
+    packed: a batch has a third tensor, the document of each token. logits: it has no targets, so logits are returned.
     """
     if is_miscompiled(model, env):
         print('warning: not compiled: for RoPE on heads of 64 or 128 channels in bfloat16 on a CPU, torch.compile '
@@ -207,7 +207,8 @@ def try_compile(model, rows, T, env, packed=False):
         network = average_gradients(torch.compile(model), env)
         without_others = getattr(network, 'no_sync', nullcontext)  # of DDP: a rank that fails must not stop the others
         with without_others(), env.ctx():
-            network(*trial_batch(rows, T, model.config.vocab_size, env.device, packed)).mean().backward()
+            X, Y, *document = trial_batch(rows, T, model.config.vocab_size, env.device, packed)
+            network(X, None if logits else Y, *document).mean().backward()
         check_gradients(model)
     except (torch.OutOfMemoryError, dist.DistError):
         raise

@@ -23,13 +23,16 @@ from another one.
         The batch of some of these rows: a tuple of CPU tensors. batch[0] are the tokens X (rows, T),
         batch[1] the targets Y (rows, T), -1 where the loss does not count. What else a batch has is up
         to the objective. Beside a GPU it is called in a thread, while the step before is computed; if it needs the
-        model as it is at that step (grpo generates text with it), say load.ahead = False below the function.
+        model as it is at that step (grpo generates text with it), say load.ahead = False below the function, or in
+        start() if it depends on a setting.
     divisor(batch)
         How many things (tokens, pairs) the loss of this batch is averaged over.
     loss(model, batch)
         The sum of their losses, to be differentiated. train.py divides it by the divisors of the whole
         step, added over micro-batches and ranks. `model` may be compiled or wrapped by DDP: call it, do
-        not use its methods.
+        not use its methods. If it calls it without targets, for logits, say loss.logits = True below the function:
+        that call is then compiled. It gets no context: other networks that it needs are in a global of the module,
+        which start() sets.
     measure(model, batch, data, context)
         The sum and the divisor of each of MEASURES, a tensor (len(MEASURES), 2); evaluation adds them
         up over all batches.

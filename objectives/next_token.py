@@ -173,10 +173,14 @@ def measure(model, batch, data, context=None):
     Return sum and divisor of each of MEASURES, (3, 2): loss in nats per token; bits per byte and bits
     per character, which are comparable between tokenizers.
     """
-    Y = batch[1]
+    return measures_of(model(*batch), batch[1], data)
+
+
+def measures_of(losses, Y, data):
+    """Return what measure() does. losses (rows, T): of the targets Y, 0 where there is none."""
     is_target = Y != -1
     targets = Y.clamp(min=0)
-    total = model(*batch).sum()
+    total = losses.sum()
     total_bits = total / math.log(2)
     n_bytes = (on_device(data.token_bytes, Y.device)[targets] * is_target).sum()
     n_chars = (on_device(data.token_chars, Y.device)[targets] * is_target).sum()

@@ -25,6 +25,8 @@ MAX_WAITS = {
     'reward': 1,
     'dpo': 1,
     'grpo': 8,
+    'distill': 9,  # all but one in the sampling loop
+    'distill from the data': 1,
     # for a token
     'sample': 0.07,  # they are read in blocks of 16
     'sample with top_p': 0.07,
@@ -209,7 +211,8 @@ def test_no_line_no_wait(gpu, tiny_data, tmp_path):
 
 @pytest.mark.parametrize('name, dtype', each(
     'sft float32*', 'sft bfloat16', 'sft float16', 'reward float32', 'reward bfloat16', 'reward float16',
-    'dpo float32', 'dpo bfloat16', 'dpo float16', 'grpo float32', 'grpo bfloat16', 'grpo float16'))
+    'dpo float32', 'dpo bfloat16', 'dpo float16', 'grpo float32', 'grpo bfloat16', 'grpo float16',
+    'distill float32', 'distill bfloat16', 'distill float16'))
 def test_objectives(gpu, name, dtype, base, folder, tmp_path):  # noqa: F811
     """Packed documents, pairs and the model's own answers."""
     _, *args = stage(base, folder, name, '--dropout=0.0')
@@ -219,6 +222,18 @@ def test_objectives(gpu, name, dtype, base, folder, tmp_path):  # noqa: F811
         for column in ('loss', 'val_loss'):
             expected = losses_of(tmp_path / 'cpu', column)
             assert losses_of(tmp_path / 'gpu', column) == [(step, pytest.approx(x, rel=1e-3)) for step, x in expected]
+
+
+@pytest.mark.parametrize('dtype', each('float32*', 'bfloat16', 'float16'))
+def test_distillation_from_the_data(gpu, dtype, tiny_run, tiny_data, tmp_path):
+    """The teachers compute on the GPU, and the host does not wait for them."""
+    args = [*TINY, '--objective=distill', f'--teachers={tiny_run}', f'--dataset={tiny_data}', f'--dtype={dtype}']
+    run_twice(gpu, 'distill from the data', 'max_iters', 2, 'train.py', *args, f'--out_dir={tmp_path / "gpu"}')
+    succeed(run_script('train.py', *args, '--dtype=float32', f'--out_dir={tmp_path / "cpu"}'))
+    for column in ('loss', 'val_loss', 'val_kl'):
+        expected = losses_of(tmp_path / 'cpu', column)
+        found = losses_of(tmp_path / 'gpu', column)
+        assert found == [(step, pytest.approx(x, rel=1e-3 if dtype == 'float32' else 0.05)) for step, x in expected]
 
 
 @pytest.mark.slow

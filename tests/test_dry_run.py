@@ -70,7 +70,7 @@ def test_changes_nothing(tiny_data, tiny_run, tmp_path):
     assert files(tiny_run) == before
 
 
-@pytest.mark.parametrize('name', ['sft', 'reward', 'dpo', 'grpo'])
+@pytest.mark.parametrize('name', ['sft', 'reward', 'dpo', 'grpo', 'distill'])
 def test_objectives(name, base, folder, tmp_path):  # noqa: F811
     fields, _ = dry(*stage(base, folder, name)[1:], f'--out_dir={tmp_path}/out')
     assert fields['steps'] == '4'

@@ -407,11 +407,13 @@ def stage(base, folder, name, *settings):
         'dpo': ('pairs', ['--objective=dpo', '--beta=0.1', reference]),
         'grpo': ('prompts', ['--objective=grpo', '--batch_size=3', '--group_size=3', '--updates=2',
                              '--max_new_tokens=8', f'--reward={base / "rewards.py"}:long', reference]),
+        'distill': ('sft', ['--objective=distill', '--on_policy=0.5', f'--teachers={base / "sft"}',
+                            f'--init_from={base / "base"}']),
     }[name]
     return ['train.py', *TINY_LOADED, f'--dataset={folder / dataset}', f'--init_from={base / "sft"}', *rest, *settings]
 
 
-@pytest.mark.parametrize('name', ['sft', 'reward', 'dpo', 'grpo'])
+@pytest.mark.parametrize('name', ['sft', 'reward', 'dpo', 'grpo', 'distill'])
 def test_each_stage_resumes_exactly(base, folder, tmp_path, name):
     """
     A run stopped after 3 of 6 steps and resumed (GRPO: between two steps of the same answers) ends with
@@ -439,6 +441,7 @@ def test_each_stage_resumes_exactly(base, folder, tmp_path, name):
     pytest.param('reward', marks=pytest.mark.slow),
     pytest.param('dpo', marks=pytest.mark.slow),
     'grpo',
+    'distill',
 ])
 def test_one_process_and_two_take_the_same_first_step(base, folder, tmp_path, name):
     args = ['--max_iters=2', '--log_interval=1', '--gradient_accumulation_steps=2', '--dropout=0.0', '--eval_iters=1']

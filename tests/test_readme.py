@@ -218,7 +218,7 @@ def cut_short(command, tmp_path):
             words += ['--max_iters=9', '--steps=1', '--dataset=shakespeare_char']
     for word in words[:]:
         key, _, source = word.partition('=')
-        if key == '--init_from' and source not in ('out-my', 'auto'):  # of the hub
+        if key == '--init_from' and source not in ('out-my', 'out-student', 'auto'):  # of the hub
             words.append(f'--init_from={tmp_path / os.path.basename(source)}')
     if named & {'config/train_gpt2.py', 'config/speedrun_1gpu.py', 'config/speedrun_8gpu.py'}:
         words.append('--device=cpu')

@@ -20,7 +20,7 @@ def log_likelihoods(model, pairs, batch_size=8):
     (context ids, continuation ids). A context that does not fit loses its beginning, and so does a continuation, with a
     warning.
     """
-    device, block_size = model.transformer.wte.weight.device, model.config.block_size
+    device, block_size = next(model.parameters()).device, model.config.block_size
     rows = [([*context, *continuation][-block_size - 1:], len(continuation)) for context, continuation in pairs]
     n_cut = sum(length > block_size for _, length in rows)
     if n_cut:

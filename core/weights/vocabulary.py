@@ -47,8 +47,8 @@ def fit_vocabulary(model, source, data, origin):
         else:
             compatible = tok.extends(base_tok)
         if not compatible:
-            sys.exit(f'dataset={data.folder} is cut into tokens by another tokenizer than the text that {origin} '
-                     'was trained on; prepare it with that one')
+            sys.exit(f'dataset={data.folder} is cut into tokens by another tokenizer ({tok.vocab_size:,} ids) than the '
+                     f'text that {origin} was trained on ({base_tok.vocab_size:,} ids); prepare it with that one')
         base_vocab_size = min(base_vocab_size, base_tok.vocab_size)
 
     grows = data.kind and data.vocab_size > base_vocab_size
