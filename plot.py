@@ -5,13 +5,13 @@ Plot the curves of one or more runs, from their log.csv, to a picture.
     python plot.py out-a out-b --x=time --y=loss --log=y --out=loss.png
     python plot.py out-a nanogpt.txt --x=time                       # also the saved output of nanoGPT's train.py
     python plot.py out-dpo out-grpo --y=val_loss,val_reward,val_kl  # a panel per column, with the runs that have it
+    python plot.py out-a --reference                                # dashed: the run that its configuration should give
 
 A run is its folder, its log.csv, or a file with the printed output of train.py or of nanoGPT's train.py.
 Needs matplotlib.
 """
 import core.startup  # noqa: F401  first: it catches Ctrl-C and missing packages in the imports below
 
-import csv
 import difflib
 import math
 import os
@@ -23,17 +23,20 @@ import warnings
 import numpy as np
 
 from core.files import find
+from core.training.log import read_columns
 
 # -----------------------------------------------------------------------------
 x = 'iter'  # 'iter'; 'tokens' (trained on so far); 'time' (seconds of the steps so far, without evaluations)
 y = 'val_loss'  # columns of log.csv, separated by commas, a panel each: loss, train_loss, val_loss, lr, grad_norm, ms
 log = ''  # axes with a logarithmic scale: 'x', 'y' or 'xy'
 out = 'curves.png'  # the picture; .pdf and .svg work too
+reference = False  # also draw, dashed, the reference run of each run's config files (docs/training.md)
 # -----------------------------------------------------------------------------
 OTHER_ARGUMENTS = 'positional'  # the runs; the configurator puts them into other_arguments
 other_arguments = []
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
+REFERENCE = ' (reference)'  # ends the names of reference runs
 LABELS = {'iter': 'step', 'tokens': 'tokens', 'time': 'seconds of training, evaluations left out'}
 CJK = ('Noto Sans CJK SC', 'Noto Sans SC', 'Source Han Sans SC', 'Source Han Sans CN', 'WenQuanYi Micro Hei',
        'WenQuanYi Zen Hei', 'PingFang SC', 'Hiragino Sans GB', 'Microsoft YaHei', 'SimHei', 'Arial Unicode MS')
@@ -53,7 +56,10 @@ def read(run):
         sys.exit(f'{path}: cannot be read: {error.strerror}; '
                  'expected the folder of a run, its log.csv, or the printed lines of a training')
     if lines and lines[0].split(',')[0] == 'iter':
-        columns = read_csv(path, lines)
+        try:
+            columns = read_columns(path, lines)
+        except ValueError as error:
+            sys.exit(str(error))
     else:
         columns = read_printed(lines)
     if not any(columns.values()):
@@ -61,22 +67,6 @@ def read(run):
     folder, file = os.path.split(os.path.abspath(path))
     name = os.path.basename(folder) if file == 'log.csv' else os.path.splitext(file)[0]
     return columns, name
-
-
-def read_csv(path, lines):
-    """Return the columns of a log.csv."""
-    reader = csv.DictReader(lines)
-    columns = {}
-    try:
-        for row in reader:
-            for name, value in row.items():
-                column = columns.setdefault(name, [])
-                if value and name != 'iter':
-                    column.append((int(row['iter']), float(value)))
-    except (ValueError, TypeError, csv.Error):  # text, a row that is too long, a zero byte
-        expected = ', '.join(reader.fieldnames)
-        sys.exit(f'{path}: line {reader.line_num} is damaged: expected the numbers of {expected}')
-    return columns
 
 
 def read_printed(lines):
@@ -102,6 +92,22 @@ def read_printed(lines):
         median = statistics.median([ms for step, ms in columns['ms'] if step not in evaluated] or [0])
         columns['ms'] = [(step, min(ms, median) if step in evaluated else ms) for step, ms in columns['ms']]
     return columns
+
+
+def read_reference(run):
+    """Return the columns of a run's reference run; {}, and say why on stderr, if it cannot be drawn."""
+    from core.training.reference_runs import find_reference, summary  # here, because it imports torch
+    path = find(run)
+    folder, changes = find_reference(path if os.path.isdir(path) else os.path.dirname(path))
+    if changes:
+        print(f'{run}: its reference run had other settings: {summary(changes)}', file=sys.stderr)
+    if folder and x != 'time':
+        return read(folder)[0]
+    why = 'no reference run has its config files; python benchmarks/reference.py makes one of a finished run'
+    if folder:
+        why = 'its reference run is from another machine and has no times; use --x=iter or --x=tokens'
+    print(f'{run}: {why}', file=sys.stderr)
+    return {}
 
 # ----------------------------------------------------------------------------- curves
 
@@ -160,8 +166,8 @@ def draw(panels):
     n_rows = math.ceil(len(panels) / 3)
     size = (8, 5) if len(panels) == 1 else (4.5 * n_columns, 3.2 * n_rows)
     figure = Figure(figsize=size, layout='constrained')
-    names = dict.fromkeys(name for curves in panels.values() for _, _, name in curves)  # each once, in order
-    colours = {name: f'C{i}' for i, name in enumerate(names)}
+    names = [name.removesuffix(REFERENCE) for curves in panels.values() for _, _, name in curves]
+    colours = {name: f'C{i}' for i, name in enumerate(dict.fromkeys(names))}  # each once, in order
     grid = figure.subplots(n_rows, n_columns, squeeze=False).flat
     for axes, (column, curves) in zip(grid, panels.items()):
         draw_panel(axes, column, curves, colours)
@@ -177,8 +183,10 @@ def draw_panel(axes, column, curves, colours):
     from matplotlib.ticker import LogFormatter
     lines = []
     for xs, ys, name in curves:
-        marker = 'o' if len(xs) <= 40 else ''
-        lines += axes.plot(xs, ys, linewidth=1.5, color=colours[name], marker=marker, markersize=3)
+        run = name.removesuffix(REFERENCE)
+        marker = 'o' if len(xs) <= 40 and run == name else ''
+        style = '-' if run == name else '--'
+        lines += axes.plot(xs, ys, style, linewidth=1.5, color=colours[run], marker=marker, markersize=3)
     axes.set(xlabel=LABELS[x], ylabel=column.replace('_', ' '))
     axes.set(xscale='log' if 'x' in log else 'linear', yscale='log' if 'y' in log else 'linear')
     if 'y' in log:
@@ -199,6 +207,7 @@ if not y.strip(','):
 
 runs = [(run, *read(run)) for run in other_arguments]  # (argument, columns, name)
 names = [name for _, _, name in runs]
+references = {run: read_reference(run) for run in other_arguments} if reference else {}  # columns by run
 panels = {}
 for column in filter(None, y.split(',')):
     panels[column] = []
@@ -207,6 +216,10 @@ for column in filter(None, y.split(',')):
             continue  # of several columns a run need not have all
         label = name if names.count(name) == 1 else run
         panels[column].append((*curve(columns, run, column), label))
+        if references.get(run, {}).get(column):
+            panels[column].append((*curve(references[run], run, column), label + REFERENCE))
+        elif references.get(run):
+            print(f'{run}: its reference run has no {column}', file=sys.stderr)
     if not panels[column]:
         sys.exit(f'y={y}: no run here has numbers of {column}')
 draw(panels)

@@ -21,7 +21,7 @@ from core.distributed import average_gradients, check_same_on_all_ranks, full_te
 from core.estimates import check_memory, warn_if_slow
 from core.files import find
 from core.text.dataset import fingerprint, open_dataset
-from core.training import progress, run_folder, settings
+from core.training import progress, reference_runs, run_folder, settings
 from core.training.averaging import Average
 from core.training.dry_run import MICRO_BATCHES, DryRun
 from core.training.evaluation import evaluate
@@ -214,7 +214,8 @@ if not eval_only:
         run_folder.load_optimizer_state(opt, scaler, checkpoint, checkpoint_path, optimizer)
     if env.master and not dry_run:
         lock = run_folder.open_run_folder(
-            out_dir, opt, average, keep_last, resuming, run_id=run_id, launch=launch, config=config)
+            out_dir, opt, average, keep_last, resuming,
+            run_id=run_id, launch=launch, data=data_hash, config=config)
 checkpoint = weights_source = None  # free the memory
 
 # --- 7. compile, and average gradients over the ranks
@@ -379,6 +380,7 @@ if log:
 if training and env.master and iter_num >= max_iters:
     save_weights(out_dir)
 if saver.saved:
+    reference_runs.print_comparison(out_dir)
     script = '' if model.config.reward else 'chat.py' if data.kind else 'sample.py'
     print(progress.describe_end(iter_num - first_iter, report.clock.elapsed(), skipped, saver, best_val_loss, script))
 shutdown(env, 130 if signals.signal == signal.SIGINT else 0)

@@ -84,6 +84,25 @@ class Log:
             self.tensorboard.close()
 
 
+def read_columns(path, lines):
+    """
+    Return the numbers of a log.csv, given its lines, as {column: [(step, number), ...]}. Raises ValueError, with a
+    message that begins with the path, if a line is damaged.
+    """
+    reader = csv.DictReader(lines)
+    columns = {}
+    try:
+        for row in reader:
+            for name, value in row.items():
+                column = columns.setdefault(name, [])
+                if value and name != 'iter':
+                    column.append((int(row['iter']), float(value)))
+    except (ValueError, TypeError, csv.Error) as error:  # text, a row that is too long, a zero byte
+        expected = ', '.join(reader.fieldnames)
+        raise ValueError(f'{path}: line {reader.line_num} is damaged: expected the numbers of {expected}') from error
+    return columns
+
+
 def start_wandb(config, out_dir, run_id):
     """Start or resume a wandb run. It is offline if nobody is logged in, so it never prompts."""
     import wandb

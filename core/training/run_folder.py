@@ -103,11 +103,14 @@ def lock_run_folder(out_dir):
 
 
 def write_run_json(out_dir, **entries):
-    """Write run.json: the run_id, the torchrun launch and the settings of the run. Exits if it cannot be written."""
+    """
+    Write run.json: the command, and what is given: the run_id, the torchrun launch, the hash of the data and the
+    settings. Exits if it cannot be written.
+    """
     path = os.path.join(out_dir, 'run.json')
     try:
         with atomic(path, 'w') as f:
-            json.dump(entries, f, indent=2, ensure_ascii=False)
+            json.dump({'command': sys.argv, **entries}, f, indent=2, ensure_ascii=False)
     except OSError as error:
         sys.exit(f'{path}: cannot be written: {error.strerror}')
 
