@@ -21,8 +21,9 @@ from core.distributed import average_gradients, check_same_on_all_ranks, full_te
 from core.estimates import check_memory, warn_if_slow
 from core.files import find
 from core.text.dataset import fingerprint, open_dataset
-from core.training import progress, reference_runs, run_folder, settings
+from core.training import plan, progress, reference_runs, run_folder, settings
 from core.training.averaging import Average
+from core.training.budget import Budget
 from core.training.dry_run import MICRO_BATCHES, DryRun
 from core.training.evaluation import evaluate
 from core.training.log import Log
@@ -94,6 +95,8 @@ learning_rate = 6e-4  # maximum learning rate
 muon_lr = 0.02  # maximum learning rate of the matrices that Muon updates
 max_iters = 600000  # steps in all; 0: evaluate and save; -1: see 20 tokens per parameter (Hoffmann et al. 2022)
 epochs = 0.0  # passes over the training data, instead of max_iters and lr_decay_iters; 0: those count
+minutes = 0.0  # train for so many minutes, the start and the saving included, instead of max_iters; 0: that counts
+auto = False  # with minutes: choose network, context, batch and regularisation, too (config/auto.py)
 weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9  # AdamW's, for the mean of the gradient
 beta2 = 0.95  # AdamW's, for its square; 0.99 where a step sees few tokens
@@ -118,29 +121,31 @@ config, config_given = {}, {}  # filled by the next line: all settings; those of
 exec(open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'configurator.py'), encoding='utf-8').read())
 
 settings.check_settings(config, config_given)
-n_embd = n_embd or 64 * n_layer  # nanochat's rule: depth determines width, heads and learning rate
-n_head = n_head or max(1, n_embd // (head_size or 64))
-settings.check_heads(n_embd, n_head, n_kv_head, head_size, rope_theta, derived=config['n_head'] == 0)
 training = not (eval_only or dry_run)
 out_dir = find(out_dir) if init_from in ('resume', 'auto') else os.path.expanduser(out_dir)
 if training:
     run_folder.check_writable(out_dir)
 
-# --- 1. device, precision and this rank's share of a step
+# --- 1. device and precision
 env = setup(device, dtype, backend, seed, training=True)  # from here on only rank 0 prints
 env.sharded = settings.is_sharded(parallel, env)
-total_rows = batch_size * gradient_accumulation_steps
-micro_steps, micro_rows = settings.split_rows(batch_size, gradient_accumulation_steps, env.world_size)
-rows = (min(micro_steps, MICRO_BATCHES) if dry_run else micro_steps) * micro_rows  # of this rank
 check_device(env)
 
-# --- 2. objective and data
+# --- 2. objective, data and this rank's share of a step
 objective_module = importlib.import_module(f'objectives.{objective}')
 data = open_dataset(dataset)
 data_hash = fingerprint(data)
+start_from, launch = run_folder.resolve_init_from(init_from, out_dir, env)  # 'auto' becomes 'resume' or 'scratch'
+if auto:
+    plan.choose_settings(globals(), start_from, data, env)
+n_embd = n_embd or 64 * n_layer  # nanochat's rule: depth determines width, heads and learning rate
+n_head = n_head or max(1, n_embd // (head_size or 64))
+settings.check_heads(n_embd, n_head, n_kv_head, head_size, rope_theta, derived=config['n_head'] == 0)
+total_rows = batch_size * gradient_accumulation_steps
+micro_steps, micro_rows = settings.split_rows(batch_size, gradient_accumulation_steps, env.world_size)
+rows = (min(micro_steps, MICRO_BATCHES) if dry_run else micro_steps) * micro_rows  # of this rank
 
 # --- 3. model: new, resumed, or from the weights of another run, a GPT-2, Llama or Qwen3
-start_from, launch = run_folder.resolve_init_from(init_from, out_dir, env)  # 'auto' becomes 'resume' or 'scratch'
 resuming = start_from == 'resume'
 checkpoint = {}
 checkpoint_path = None
@@ -179,6 +184,8 @@ epoch_rows = settings.count_rows(data, objective_module, block_size)
 max_iters, lr_decay_iters = settings.run_length(config, config_given, model, tokens_per_iter, epoch_rows / total_rows)
 config.update({key: getattr(model.config, key) for key in settings.ARCHITECTURE})  # save the values that are used
 config.update(learning_rate=learning_rate, min_lr=min_lr, max_iters=max_iters, lr_decay_iters=lr_decay_iters)
+budget = Budget(config, config_given, checkpoint, env)  # of minutes
+max_iters, lr_decay_iters, warmup_iters, eval_interval = budget.schedule()
 
 # --- 5. vocabulary, LoRA, and what must agree with the checkpoint and between ranks
 settings.check_data(data, dataset, data_order, block_size)
@@ -272,28 +279,32 @@ def state():
         'data': data_hash,
         'world_size': env.world_size,
         'objective': objective_module.state(context),
+        'budget': budget.state(),
     }
 
 
 # --- 8. the training loop
-print(progress.describe_run(
-    env, data, micro_steps, micro_rows, block_size, total_rows, max_iters if training else None, epoch_rows))
+print(progress.describe_run(env, data, micro_steps, micro_rows, block_size, total_rows,
+                            None if minutes or not training else max_iters, epoch_rows))
 log = Log(out_dir, objective_module.MEASURES, iter_num, config, run_id) if training and env.master else None
 saver = Saver(out_dir, env, log, keep_last, background_save, resumed_from=checkpoint_path, step=iter_num)
 signals = catch_signals(not training)
 if not eval_only:
-    warn_if_slow(model.flops_per_token() * tokens_per_iter * (max_iters - iter_num), env)
     saver.reserve(state())
+    if not minutes:
+        warn_if_slow(model.flops_per_token() * tokens_per_iter * (max_iters - iter_num), env)
 rehearsal = DryRun(model, data, config, env, micro_rows, micro_steps, iter_num) if dry_run else None
 first_iter = iter_num
 eval_windows = eval_iters * batch_size if eval_iters > 0 else -1
+eval_windows = budget.start(
+    iter_num, eval_windows, objective_module, model, average, data, context, micro_rows, block_size)
 # targets and tokens of a step differ between ranks, unless the rows of a text are drawn at random
 same_divisor = env.world_size == 1 or (objective == 'next_token' and not data.kind and data_order == 'random')
 ahead = env.device_type != 'cpu' and getattr(objective_module.load, 'ahead', True)  # on a CPU all cores compute
 steps = load_ahead(load_batches, iter_num, ahead)
 unread = Unread(env)  # the numbers of steps that a GPU may still be computing
 gc.freeze()  # Python's garbage collector need not look at all this again
-report = progress.StepReports(iter_num, max_iters, log_interval, log, env, model)
+report = progress.StepReports(iter_num, log_interval, log, env, model)
 while True:
     last = iter_num >= max_iters
     if (iter_num % eval_interval == 0 or last or eval_only) and not dry_run:
@@ -308,6 +319,7 @@ while True:
             if best:
                 best_val_loss = best_loss(numbers)
             saver.save(state(), best)
+        budget.evaluated(iter_num, saver)
         report.clock.restart(iter_num)
     if prompts and env.master and (iter_num % sample_interval == 0 or iter_num == first_iter or last):
         show_samples(model, data, prompts, sample_tokens, iter_num, out_dir, env)
@@ -353,6 +365,7 @@ while True:
     unread.add((iter_num, line_due, opt.param_groups[0]['lr']), [loss, grad_norm, tokens, any_signal, any_save],
                needed=env.ddp or line_due or report.status.is_due())
     iter_num += 1
+    max_iters, lr_decay_iters, warmup_iters, eval_interval = budget.replan(iter_num)
 
     evaluates = iter_num % eval_interval == 0 or iter_num >= max_iters
     saves = save_interval and iter_num % max(1, save_interval // 2) == 0  # so a crash loses at most save_interval
@@ -365,7 +378,7 @@ while True:
         if not math.isfinite(lossf) or not (scaler.is_enabled() or math.isfinite(grad_norm)):  # fp16 may overflow
             skipped = saver.leave_out(step, lossf, grad_norm, skipped, skip_nonfinite, resuming)
         numbers = {'loss': lossf, 'lr': lr, 'grad_norm': grad_norm}
-        report(step, line_due, numbers, tokens)
+        report(step, line_due, numbers, tokens, max_iters)
     if training and (stops or (saves and not evaluates)):
         saver.save(state(), wait=save_interval == 1)
     if stops:
@@ -374,6 +387,7 @@ while True:
         break
 
 # --- 9. the end
+budget.finish(iter_num)
 saver.wait(last=True)
 if log:
     log.close()

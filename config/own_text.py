@@ -1,8 +1,9 @@
-# Your own text, prepared by data/any_text/prepare.py: a small network of Qwen3's kind and Muon, for a CPU or a GPU.
+# Your own text, prepared by data/any_text/prepare.py: a small network of Qwen3's kind and Muon, for a CPU or a GPU, for
+# those who set things by hand. config/auto.py sets them by the text, the machine and the minutes that there are.
 #
 #     python train.py config/own_text.py --dataset=my --out_dir=out-my
 #
-# How long to train and how large a network depends on the text. prepare.py prints this command with what to add:
+# How long to train and how large a network depends on the text:
 #
 #     training text                       add                                                     on two CPU cores
 #     each id 1,000 times on average,

@@ -11,6 +11,7 @@ import time
 
 from core.files import ROOT
 
+STARTED = time.perf_counter()  # of the script: nothing but Python itself is loaded before this file
 INSTALL = '{python} -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt -c constraints.txt'
 
 
@@ -22,6 +23,11 @@ def explain(error_type, error, traceback):
         print(f'the package {error.name} is not installed for {sys.executable}; {how_to_get_it()}', file=sys.stderr)
     else:
         sys.__excepthook__(error_type, error, traceback)
+
+
+def seconds_since_start():
+    """Return how long this process has been running, the imports included."""
+    return time.perf_counter() - STARTED
 
 
 def required_modules():

@@ -17,7 +17,7 @@ import pytest
 if 'PYTEST_XDIST_WORKER' in os.environ:  # `pytest -n`: one thread each; with more than there are cores, they wait
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-from core import configure
+from core import configure, startup
 from core.text import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +107,20 @@ def write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     return str(path)
+
+
+def clock_of_steps(monkeypatch, seconds):
+    """Let the time of train.py's process be that of its steps, which take so many seconds each, and nothing else."""
+    from core.training import optimizer
+    now = [0.0]
+    step_unless = optimizer.step_unless
+
+    def step(skip, opt):
+        now[0] += seconds
+        step_unless(skip, opt)
+    monkeypatch.setattr(optimizer, 'step_unless', step)  # train.py imports it anew in each run
+    monkeypatch.setattr(startup, 'seconds_since_start', lambda: now[0])
+    return now
 
 
 def losses_of(out_dir, column='loss'):

@@ -11,7 +11,7 @@ import pytest
 from conftest import exit_line, make_dataset, write
 from dataset_helpers import CHINESE, TEXT, bins_of, files_of, make, meta_of, nanogpt_char, plain, write_jsonl
 
-from core.text.prepare import Seen, own_text_settings
+from core.text.prepare import Seen
 from core.text.tokenizer import EOT, Tokenizer
 
 pytest_plugins = 'dataset_fixtures'
@@ -361,13 +361,3 @@ def test_skipped_files(tmp_path):
     write(tmp_path / 'in' / 'good.txt', 'one, two, three')
     assert '; files skipped: 1' in make_dataset(tmp_path / 'd', str(tmp_path / 'in'), skip_bad=True)
     assert meta_of(tmp_path / 'd')['documents'] == 1
-
-
-@pytest.mark.parametrize('tokens, vocab_size, settings', [
-    (90_000, 65, '--n_layer=4 --n_head=4 --n_embd=128 --dropout=0.2 --epochs=10'),
-    (1_000_000, 65, '--epochs=3'),
-    (550_000, 4096, '--epochs=2'),
-    (4_000_000, 8192, ''),
-])
-def test_what_suits_a_text(tokens, vocab_size, settings):
-    assert own_text_settings(tokens, vocab_size).strip() == settings

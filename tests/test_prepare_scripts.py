@@ -121,7 +121,7 @@ def test_the_name_of_the_folder(house, tmp_path, given, name):
         write(tmp_path / given, json.dumps({'text': TEXT}) if given.endswith('.jsonl') else TEXT)
     done = house('data/any_text/prepare.py', f'--input={tmp_path / given}')
     assert done.returncode == 0, done.stderr
-    assert f'config/own_text.py --dataset={name} --out_dir=out-{name} --epochs=2\n' in done.stdout
+    assert f'config/auto.py --dataset={name} --minutes=10 --out_dir=out-{name}\n' in done.stdout
     assert (house.root / 'data' / name / 'train.bin').exists()
 
 

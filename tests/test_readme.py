@@ -212,6 +212,8 @@ def cut_short(command, tmp_path):
         return words
     if '--sample' in named:
         words += ['--network=char', '--new_tokens=5', '--runs=1']
+    elif any(word.startswith('--minutes') for word in words):
+        words += [setting for setting in SMALL if not setting.startswith('--max_iters')] + ['--minutes=0.1']
     elif named & {'train.py', 'bench.py'}:
         words += SMALL
         if 'bench.py' in named:

@@ -23,7 +23,7 @@ GOOD = {
     'lr_decay_iters': 10, 'data_order': 'random', 'parallel': 'ddp', 'optimizer': 'adamw', 'schedule': 'cosine',
     'seed': 1337, 'epochs': 0.0, 'wandb_log': False, 'tensorboard_log': False, 'decay_lr': True, 'sample_interval': 0,
     'sample_tokens': 100, 'window': 0, 'window_pattern': 'SSSL', 'eval_only': False, 'dry_run': False,
-    'ema': 0.0,
+    'ema': 0.0, 'minutes': 0.0, 'auto': False,
 }
 
 
@@ -114,7 +114,7 @@ def test_checkpoint_contradicted():
 
 def test_changes_since_the_checkpoint():
     before = {'config': {'max_iters': 3, 'out_dir': 'a'}, 'world_size': 1, 'iter_num': 3}
-    after = {'max_iters': 8, 'out_dir': 'b', 'eval_only': False}
+    after = {'max_iters': 8, 'out_dir': 'b', 'eval_only': False, 'minutes': 0.0}
     line = describe_changes(before, after, 2, 6)
     assert line == 'not as before: max_iters 3 -> 8; processes 1 -> 2, which share the same 6 rows a step'
     after['max_iters'] = 3

@@ -473,20 +473,11 @@ def prepare(folder, source, next_command='', tok=None):
     if not next_command:
         dataset = os.path.relpath(folder, dataset_folder(''))
         out_dir = f'out-{os.path.basename(dataset)}'
-        next_command = (f'python train.py config/own_text.py --dataset={quoted(dataset)} '
-                        f'--out_dir={quoted(out_dir)}{own_text_settings(done["train"]["tokens"], tok.vocab_size)}')
+        next_command = (f'python train.py config/auto.py --dataset={quoted(dataset)} --minutes=10 '
+                        f'--out_dir={quoted(out_dir)}')
     if done['train']['tokens'] < 20_000:
         print('warning: a network learns so short a text by heart; give it 100 KB or more')
     print(f'written to {folder}; next:\n{next_command}')
-
-
-def own_text_settings(tokens, vocab_size):
-    """Return what to add to config/own_text.py for so many tokens of training text; the table there says why."""
-    ids_are_frequent = tokens > 1000 * vocab_size
-    if ids_are_frequent and tokens < 300_000:
-        return ' --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.2 --epochs=10'
-    epochs = 3 if ids_are_frequent else 2
-    return f' --epochs={epochs}' if epochs * tokens < 6_000_000 else ''
 
 
 def print_summary(folder, plan, tok, done, skipped, seconds):

@@ -76,11 +76,10 @@ class StepReports:
     MFU is shown for known GPUs, but not for adapters: flops_per_token() counts full training.
     """
 
-    def __init__(self, step, max_iters, log_interval, log, env, model):
+    def __init__(self, step, log_interval, log, env, model):
         self.clock = StepClock(step)
         self.status = StatusLine()
         self.spike = spike_detector()
-        self.max_iters = max_iters
         self.log_interval = log_interval
         self.log = log
         self.flops_per_s = env.peak_flops and env.peak_flops * env.world_size
@@ -89,13 +88,13 @@ class StepReports:
     def is_line_due(self, step):
         return step % self.log_interval == 0 or self.clock.is_silent()
 
-    def __call__(self, step, line_due, numbers, tokens):
+    def __call__(self, step, line_due, numbers, tokens, max_iters):
         """
         Report a step. Call this for every step, in order.
         line_due: is_line_due() when the step was launched. numbers: {name: number}, 'loss' among them.
         """
         dt = self.clock.mean(step + 1)
-        seconds_left = dt * (self.max_iters - step - 1)
+        seconds_left = dt * (max_iters - step - 1)
         if line_due:
             self.clock.restart(step + 1)
             numbers.update(ms=dt * 1000, tokens_per_s=tokens / dt)
@@ -105,7 +104,7 @@ class StepReports:
             if self.log:
                 self.log(step, numbers)
         loss = numbers['loss']
-        self.status.show(step, self.max_iters, loss, seconds_left)
+        self.status.show(step, max_iters, loss, seconds_left)
         mean_before = self.spike(loss)
         if mean_before is not None:
             print(f'warning: step {step}: the loss jumped to {loss:.4f}, from {mean_before:.4f} in the steps before',

@@ -48,6 +48,7 @@ def check_settings(config, given=()):
     expect(config['epochs'] < math.inf, 'epochs', 'a finite number')
     if config['epochs'] and {'epochs', 'max_iters'} <= set(given):
         sys.exit(f'epochs={config["epochs"]}, max_iters={config["max_iters"]}: both give the length; leave one out')
+    check_budget(config, given)
     if config['dry_run'] and config['eval_only']:
         sys.exit('dry_run=True, eval_only=True: a dry run times training steps, and eval_only has none; leave one out')
     for package in ('wandb', 'tensorboard'):
@@ -62,6 +63,22 @@ def check_settings(config, given=()):
     if config['optimizer'] == 'muon' and config['learning_rate'] == 0 < config['muon_lr']:
         sys.exit(f'learning_rate=0: muon_lr={config["muon_lr"]} rises and falls with it, so give it a value above 0, '
                  'however small')
+
+
+def check_budget(config, given):
+    """Exit unless minutes and auto fit the other settings."""
+    minutes = config['minutes']
+    if not 0 <= minutes < math.inf or (minutes == 0 and (config['auto'] or 'minutes' in given)):
+        sys.exit(f'minutes={minutes:g}: expected a number above 0, the minutes to train'
+                 + (not config['auto']) * '; leave it out to train for max_iters steps')
+    if not minutes:
+        return
+    for key in ('max_iters', 'lr_decay_iters', 'epochs'):
+        if key in given and config[key] not in (0, -1):
+            sys.exit(f'minutes={minutes:g}, {key}={config[key]}: both give the length; leave one out')
+    for key in ('eval_only', 'dry_run'):
+        if config[key]:
+            sys.exit(f'minutes={minutes:g}, {key}=True: nothing is trained then; leave one out')
 
 
 def check_heads(n_embd, n_head, n_kv_head, head_size, rope_theta, derived):
@@ -120,7 +137,8 @@ def describe_changes(checkpoint, config, world_size, total_rows):
     line = 'not as before: ' + '; '.join(changes) if changes else 'all settings as before'
     done, max_iters = checkpoint['iter_num'], config['max_iters']
     if done >= max_iters and not config['eval_only']:
-        line += f'\nnothing is left to do: {done} steps are done, and max_iters={max_iters}; raise --max_iters to go on'
+        line += (f'\nnothing is left to do: {done} steps are done, and max_iters={max_iters}; '
+                 f'raise --{"minutes" if config["minutes"] else "max_iters"} to go on')
     return line
 
 

@@ -2,7 +2,7 @@
 Prepare your own text, in any of the usual formats and encodings and of any size. Writes the dataset folder data/<name>.
 
     python data/any_text/prepare.py --input=my.txt
-    python train.py config/own_text.py --dataset=my --out_dir=out-my
+    python train.py config/auto.py --dataset=my --minutes=10 --out_dir=out-my
 """
 import os
 import re
