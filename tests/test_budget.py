@@ -278,9 +278,9 @@ def test_a_run(tiny_data, tmp_path, monkeypatch):
     assert result.code == 0, result.err
     steps = int(re.search(r'(\d+) steps in', result.out)[1])
     assert 20 < steps < 30  # writing a checkpoint takes real time, for which some is reserved
-    assert f'budget: {steps} steps of 2000 ms, to end after 0:01:00; 0:00:18 are spent' in result.out
+    assert re.search(r'budget: \d\d steps of 2000 ms, to end after 0:01:00; 0:00:1\d are spent', result.out)
     assert 'left 0:00:0' in result.out
-    assert result.out.count(', val loss') == 11  # before, in, and after the run
+    assert 8 < result.out.count(', val loss') < 13  # before, in, and after the run
     checkpoint = torch.load(tmp_path / 'weights.pt')
     assert checkpoint['iter_num'] == steps
     assert checkpoint['config']['max_iters'] == checkpoint['config']['lr_decay_iters'] == steps
@@ -324,7 +324,7 @@ def test_too_little_time(tiny_data, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('arguments', [
     ['--minutes=0.4'],
-    ['--minutes=0.4', 'config/auto.py'],
+    ['config/auto.py', '--minutes=0.4'],
     ['--minutes=0.4', '--eval_iters=50', '--eval_interval=40', '--save_interval=10'],
 ])
 def test_the_time_of_a_whole_command(arguments, tiny_data, tmp_path):

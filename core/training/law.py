@@ -11,62 +11,69 @@ from core.text.dataset import read_tokens
 
 # Parameters and tokens are in millions, losses relative to entropy().
 CONSTANTS = {
-    'floor': 0.384,
-    'params_factor': 0.102, 'params_power': 0.255,  # a larger network
-    'tokens_factor': 0.349, 'tokens_power': 0.195,  # more tokens
-    'room': 4.35,  # parameters for each token of the text that are of use
-    'repeats': 2.52,  # passes after the first that are worth a new text, however many there are (Muennighoff et al. 2023)
-    'decay_params_power': 1.07, 'decay_power': 1.37, 'decay_factor': 0.0379, 'decay_first': 0.142,  # the best weight decay
-    'decay_penalty': 0.00702,  # for a weight decay that is e times too large or too small
-    'dropout_decay': 11.4,  # the weight decay that dropout=1 would replace
-    'dropout_cost': 0.19,  # for dropout=1
-    'context_power': 0.0295,  # a longer context
-    'critical_batch': 16400,  # tokens of a step that teach half as much as in small steps (McCandlish et al. 2018)
+    'floor': 0.297,
+    'params_factor': 0.138, 'params_power': 0.198,  # a larger network
+    'tokens_factor': 0.395, 'tokens_power': 0.169,  # more tokens
+    'room': 2.54,  # parameters for each token of the text that are of use
+    'repeats': 2.5,  # all passes after the first are worth at most so many (Muennighoff et al. 2023: arXiv 2305.16264)
+    'decay_first': 0.131, 'decay_factor': 0.0373, 'decay_params_power': 0.653,  # see best_decay()
+    'decay_penalty': 0.00646,  # for a weight decay that is e times too large or too small
+    'dropout_decay': 17,  # the weight decay that dropout=1 would replace
+    'dropout_cost': 0.107,  # of dropout=1
+    'context_power': 0.0129,  # a longer context
+    'critical_batch': 6200,  # a step of so many tokens learns half as much from each (McCandlish et al. 2018)
 }
-LARGEST_DECAY = 2.0  # larger ones were not better at any number of passes
+CRITICAL_POWER = 0.47  # longer runs bear larger steps (Zhang et al. 2024: https://arxiv.org/abs/2410.21676)
+LEAST_DECAY, LARGEST_DECAY = 0.01, 2.0  # less does as little as none; more is outside of what was measured
+MOST_WANTED = 10.0  # beyond it the law says nothing
+DROPOUT_FROM, DROPOUT = 3.0, 0.1  # where weight decay alone was not enough: 32 passes over an eighth of Shakespeare
+
+SAMPLE_TOKENS = 2**17  # the entropy is that of so many training tokens: more would take longer
+ORDERS = 4  # of the n-gram models
+DISCOUNT = 0.75  # absolute discounting (Ney et al. 1994)
 
 
 def expected_loss(n_params, tokens, unique_tokens, vocab_size, dropout, weight_decay, entropy, block_size=128,
                   batch_tokens=2048, constants=CONSTANTS):
     """
-    Return the loss on new text to expect after training, in nats per token.
+    Return the loss on new text to expect after training, in nats per token; at most that of guessing.
 
     n_params: parameters that multiply, model.num_params(lookups=False)
     tokens: that are trained on, all passes together; unique_tokens: of the training text
-    entropy: of the text, see entropy(); block_size: the context; batch_tokens: tokens of a step
-    All but vocab_size, which has no influence beyond n_params and entropy, may be arrays.
+    entropy: of the text, see entropy(); block_size: the context; batch_tokens: tokens of a step, 1,024
+        at least: smaller steps were worse, at these learning rates
+    All may be arrays.
     """
     c = constants
     n, u = n_params / 1e6, unique_tokens / 1e6
-    d = tokens / 1e6 * (1 + 2048 / c['critical_batch']) / (1 + batch_tokens / c['critical_batch'])
+    d = tokens / 1e6
+    critical = c['critical_batch'] * d**CRITICAL_POWER
+    d = d * (1 + 2048 / critical) / (1 + batch_tokens / critical)
     passes = np.maximum(tokens / unique_tokens, 1)
     new_passes = 1 + c['repeats'] * (1 - np.exp((1 - passes) / c['repeats']))  # worth the same without repetition
     d = d * new_passes / passes
     n = 1 / (1 / n + 1 / (c['room'] * u))
     loss = c['floor'] + c['params_factor'] * n**-c['params_power'] + c['tokens_factor'] * d**-c['tokens_power']
-    too_large = np.log((weight_decay + c['dropout_decay'] * dropout)
-                       / best_decay(n_params, unique_tokens, passes, c))
+    decay = np.maximum(weight_decay + c['dropout_decay'] * dropout, LEAST_DECAY)
+    too_large = np.log(decay / best_decay(n_params, unique_tokens, passes, c))
     loss = loss * (1 + c['decay_penalty'] * too_large**2) * (1 + c['dropout_cost'] * dropout)
-    return entropy * loss * (block_size / 128)**-c['context_power']
+    loss = entropy * loss * (block_size / 128)**-c['context_power']
+    return np.minimum(loss, np.log(vocab_size))
 
 
 def best_decay(n_params, unique_tokens, passes, c=CONSTANTS):
     """Return the best weight decay without dropout: it grows with the times that each parameter could be memorising."""
     repeated = np.maximum(passes - 1, 0) * (n_params / 1e6)**c['decay_params_power'] / (unique_tokens / 1e6)
-    return c['decay_first'] + c['decay_factor'] * repeated**c['decay_power']
+    return np.minimum(c['decay_first'] + c['decay_factor'] * repeated, MOST_WANTED)
 
 
 def regularisation(n_params, unique_tokens, passes):
     """
     Return the dropout and the weight decay that suit so many parameters and passes over so many tokens. In the measured
-    runs weight decay did all that dropout does, and cost less, so dropout is 0.
+    runs weight decay alone was better than dropout, except where the text came many times.
     """
-    return 0.0, float(f'{min(best_decay(n_params, unique_tokens, passes), LARGEST_DECAY):.2g}')
-
-
-SAMPLE_TOKENS = 2**17  # the entropy is that of so many training tokens: more would take longer
-ORDERS = 4  # of the n-gram models
-DISCOUNT = 0.75  # absolute discounting (Ney et al. 1994)
+    wanted = float(best_decay(n_params, unique_tokens, passes))
+    return DROPOUT if wanted > DROPOUT_FROM else 0.0, float(f'{min(wanted, LARGEST_DECAY):.2g}')
 
 
 def entropy(data):
@@ -79,9 +86,9 @@ def entropy(data):
     if data.splits['val'] > 1:
         val = sample(data, 'val', SAMPLE_TOKENS // 4)
     else:
-        n_train = max(1, len(train) * 9 // 10)
+        n_train = len(train) * 9 // 10
         train, val = train[:n_train], train[n_train:]
-    if not len(val):
+    if not len(train):  # a text of one token
         return math.log(data.vocab_size)
     return ngram_loss(train, val, data.vocab_size)
 

@@ -39,9 +39,9 @@ MICRO_TOKENS = {'cpu': 2**14, 'gpu': 2**16}
 TIMING_SHARE, TIMING_SECONDS = 0.05, 20  # of the budget, and at most so many, for timing
 OTHER_SHARE = 0.06  # of the budget, for evaluations and saving
 LEAST_STEPS = 100  # of a run, if a smaller batch allows so many: in fewer the schedule cannot do its work
-COMPILE_MINUTES = 3  # a shorter run is not compiled
+COMPILE_MINUTES = 2  # a shorter run is not compiled
 # Assumed here; once it is compiled, the number of steps follows the clock. The optimizer is not compiled.
-COMPILE_SECONDS, COMPILE_SPEEDUP = 40, 1.6
+COMPILE_SECONDS, COMPILE_SPEEDUP = 30, 1.6
 
 Task = namedtuple('Task', 'config given data kind env')  # what a plan is made for; kind: 'cpu' or 'gpu'
 Network = namedtuple('Network', 'config n_params')  # n_params: without lookup tables
@@ -202,6 +202,7 @@ def time_networks(networks, contexts, seconds, task):
     few, many = (math.ceil(tokens / T) for tokens in TIMED_TOKENS[task.kind])  # rows
     timings = []
     last = 0.0  # seconds that the last network took
+    time_step(networks[0], few, T, 0.0, task)  # the first steps of a process take longer
     for network in networks:
         flops = flops_per_token(network, T)
         growth = flops / timings[-1].flops if timings else math.inf
@@ -211,8 +212,8 @@ def time_networks(networks, contexts, seconds, task):
         if timings and (last * growth > left or not fits_into_memory(network, many, T, task.env)):
             break
         started = time.perf_counter()
-        slow = time_step(network, many, T, seconds / 20, task)
-        fast = time_step(network, few, T, seconds / 20, task) if few < many else slow
+        slow = time_step(network, many, T, seconds / 10, task)
+        fast = time_step(network, few, T, seconds / 10, task) if few < many else slow
         per_token = max((slow - fast) / max(1, many - few), slow / many / 4) / T  # noise must not make it 0
         timings.append(Timing(network, flops, max(slow - per_token * many * T, slow / 100), per_token))
         last = time.perf_counter() - started
@@ -296,15 +297,18 @@ def settings_of(candidate, compiles, task):
 
 def print_plan(best, candidates, timings, compiles, task):
     env, data = task.env, task.data
-    speeds = ', '.join(f'{describe(timing)} {1 / timing.per_token:,.0f}' for timing in timings)
-    note = f' (compiled: taken as {COMPILE_SPEEDUP} times as fast)' if compiles else ''
-    print(f'auto: tokens a second on {env.device} {env.dtype}{note}: {speeds}')
+    tokens = TIMED_TOKENS[task.kind][1]
+    times = ', '.join(f'{describe(timing)}: {1000 * (timing.fixed + timing.per_token * tokens):,.0f} ms'
+                      for timing in timings)
+    note = f', taken to be {COMPILE_SPEEDUP} times as fast when compiled' if compiles else ''
+    print(f'auto: a step of {tokens:,} tokens on {env.device} {env.dtype}{note}; {times}')
     i = candidates.index(best)
     others = candidates[max(0, i - 1):i] + candidates[i + 1:i + 2]  # the next smaller and larger ones
     for candidate in [best, *others]:
         tokens = candidate.rows * candidate.block_size
+        passes = f'{candidate.passes:.2g}' if candidate.passes < 100 else f'{candidate.passes:,.0f}'
         print(f'auto: {"plan: " if candidate is best else "rather than "}{describe(candidate)}, {candidate.steps:,} '
-              f'steps of {tokens:,} tokens, {candidate.passes:.2g} passes; '
+              f'steps of {tokens:,} tokens, {passes} passes; '
               f'expected {describe_loss(candidate.loss, data)}')
     print(f'auto: {best.network.n_params:,} parameters, context {best.block_size}, dropout {best.dropout:g}, '
           f'weight decay {best.weight_decay:g}', flush=True)
