@@ -102,7 +102,8 @@ def make_reference(out_dir, name=''):
         sys.exit(f'{out_dir}: {error}')
     max_iters = run_json['config']['max_iters']
     last_step = max((step for column in columns.values() for step, _ in column), default=0)
-    if last_step < max_iters or max_iters < 1:
+    by_the_clock = run_json['config'].get('minutes') and os.path.exists(os.path.join(out_dir, 'weights.pt'))
+    if (last_step < max_iters and not by_the_clock) or max_iters < 1:
         sys.exit(f'{out_dir}: stopped at step {last_step} of {max_iters}; resume it first, by the same command with '
                  '--init_from=resume')
     name = name or default_name(run_json['command'])

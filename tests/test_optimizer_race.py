@@ -172,8 +172,8 @@ def test_every_optimizer_trains(tiny_data, tmp_path):
     (['--target=-1'], ['target=-1', 'above 0']),
     pytest.param(['--optimizers=muon', '--n_head=3'], ['n_head=3'], marks=pytest.mark.slow),  # said by train.py
 ])
-def test_refusals(tmp_path, args, names):
-    result = run_script('benchmarks/optimizer_race.py', *args, cwd=tmp_path)
+def test_refusals(tmp_path, tiny_data, args, names):
+    result = run_script('benchmarks/optimizer_race.py', f'--dataset={tiny_data}', *args, cwd=tmp_path)
     assert result.code == 1 and result.err.count('\n') == 1, result.err
     assert all(name in result.err for name in names), result.err
     assert not (tmp_path / 'optimizer_race.jsonl').exists()

@@ -21,8 +21,8 @@ NEUTRAL = (
     'out_dir', 'eval_interval', 'log_interval', 'eval_only', 'dry_run', 'always_save_checkpoint', 'seed',
     'sample_interval', 'sample_prompts', 'sample_tokens', 'save_interval', 'save_minutes', 'keep_last',
     'background_save', 'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard_log', 'dataset', 'max_iters',
-    'epochs', 'skip_nonfinite', 'gradient_checkpointing', 'parallel', 'backend', 'device', 'dtype', 'compile',
-    'init_from', 'reference',
+    'epochs', 'minutes', 'ema', 'skip_nonfinite', 'gradient_checkpointing', 'parallel', 'backend', 'device', 'dtype',
+    'compile', 'init_from', 'reference',
 )
 
 
