@@ -69,6 +69,7 @@ data_order = 'random'  # or 'epochs' (each token once per epoch) or 'documents' 
 gradient_accumulation_steps = 5 * 8  # micro-batches in a step, divided among all processes
 batch_size = 12  # rows in a micro-batch; a step has batch_size * gradient_accumulation_steps rows in all
 block_size = 1024  # tokens in a row: the context
+short_rows = 0.0  # cut the rows in two during this first fraction of the steps: a model learns short contexts first
 # model
 n_layer = 12  # layers
 n_head = 12  # attention heads in a layer; 0: heads of 64 channels
@@ -90,9 +91,9 @@ window_pattern = 'SSSL'  # layers with that window (S) and without (L), repeated
 gradient_checkpointing = False  # True: less memory for activations, a third more time
 parallel = 'ddp'  # each process has the full model; 'fsdp': shards, for models larger than one GPU
 # optimizer
-optimizer = 'adamw'  # or 'muon': Muon for the matrices of the blocks and AdamW for the rest; needs fewer steps
+optimizer = 'adamw'  # or, for the matrices of the blocks, 'muon', or 'normuon': these need fewer steps
 learning_rate = 6e-4  # maximum learning rate
-muon_lr = 0.02  # maximum learning rate of the matrices that Muon updates
+muon_lr = 0.02  # maximum learning rate of the matrices that Muon or NorMuon updates
 max_iters = 600000  # steps in all; 0: evaluate and save; -1: see 20 tokens per parameter (Hoffmann et al. 2022)
 epochs = 0.0  # passes over the training data, instead of max_iters and lr_decay_iters; 0: those count
 minutes = 0.0  # train for so many minutes, the start and the saving included, instead of max_iters; 0: that counts
@@ -188,7 +189,7 @@ budget = Budget(config, config_given, checkpoint, env)  # of minutes
 max_iters, lr_decay_iters, warmup_iters, eval_interval = budget.schedule()
 
 # --- 5. vocabulary, LoRA, and what must agree with the checkpoint and between ranks
-settings.check_data(data, dataset, data_order, block_size)
+settings.check_data(data, dataset, data_order, block_size, short_rows)
 base_vocab_size = fit_vocabulary(model, weights_source, data, weights_name)
 config.update(set_up_lora(model, weights_name, base_vocab_size, resuming, config, config_given, env.device))
 if start_from != 'scratch' and not eval_only:
@@ -227,7 +228,8 @@ checkpoint = weights_source = None  # free the memory
 
 # --- 7. compile, and average gradients over the ranks
 if compile and not eval_only:
-    network = try_compile(model, micro_rows, block_size, env, bool(data.kind), hasattr(objective_module.loss, 'logits'))
+    shapes = [(micro_rows, block_size)] + [(2 * micro_rows, block_size // 2)] * (short_rows > 0)
+    network = try_compile(model, shapes, env, bool(data.kind), hasattr(objective_module.loss, 'logits'))
 else:
     network = average_gradients(model, env)  # does nothing unless there are several ranks with full models
 # `network` computes the training loss; evaluation and samples use `model`
@@ -255,8 +257,11 @@ def load_batches(step):
     an uninterrupted one would have done, and a step is the same on any number of ranks.
     """
     starts = objective_module.draw(data, total_rows, block_size, seed, step, data_order)
-    return [pin(objective_module.load(data, 'train', starts[i:i + micro_rows], block_size, context), env)
-            for i in range(env.rank * rows, (env.rank + 1) * rows, micro_rows)]
+    batches = [objective_module.load(data, 'train', starts[i:i + micro_rows], block_size, context)
+               for i in range(env.rank * rows, (env.rank + 1) * rows, micro_rows)]
+    if step < short_rows * max_iters:
+        batches = [[x.view(-1, block_size // 2) for x in batch] for batch in batches]
+    return [pin(batch, env) for batch in batches]
 
 
 def state():

@@ -31,7 +31,7 @@ import tempfile  # noqa: E402
 import torch  # noqa: E402
 
 import core.training.optimizer  # noqa: E402
-from core.training.optimizer import Optimizer, orthogonalize  # noqa: E402
+from core.training.optimizer import Optimizer  # noqa: E402
 from core.training.reference_runs import read_run  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,19 +103,6 @@ def soap(state, grad, step, progress, momentum, beta=0.95, every=10):
     return update
 
 
-def normuon(state, grad, step, progress, momentum, beta2=0.95):
-    """
-    Li et al. 2025: https://arxiv.org/abs/2510.05491. Muon, whose rows (neurons) are divided by the root of a moving
-    average of their squares; the norm of the whole update stays Muon's.
-    """
-    buffer = average(state, 'momentum', grad, momentum)
-    update = orthogonalize(grad.lerp(buffer, momentum)[None])[0].to(grad.dtype)
-    rows = average(state, 'rows', update.square().mean(dim=1, keepdim=True), beta2)
-    scaled = update / (rows.sqrt() + 1e-8)
-    scale = max(1.0, update.size(0) / update.size(1))**0.5
-    return scaled * (scale * update.norm() / scaled.norm())
-
-
 # Name: the rule of the matrices ('' for an optimizer of train.py), the setting that --factors multiplies, and settings
 # of train.py. Embeddings, head and norms are AdamW's with learning_rate, in 'adamw' the matrices too.
 CONTENDERS = {
@@ -126,7 +113,7 @@ CONTENDERS = {
     'ademamix': ('ademamix', 'muon_lr', {'muon_lr': 2e-3, 'warmup_iters': 20}),
     'soap': ('soap', 'muon_lr', {'muon_lr': 3e-3, 'warmup_iters': 20}),
     'muon': ('', 'muon_lr', {'muon_lr': 0.02}),
-    'normuon': ('normuon', 'muon_lr', {'muon_lr': 0.02}),
+    'normuon': ('', 'muon_lr', {'optimizer': 'normuon', 'muon_lr': 0.02}),
 }
 
 

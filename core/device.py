@@ -185,10 +185,10 @@ def tune_malloc():
 # --- torch.compile
 
 
-def try_compile(model, rows, T, env, packed=False, logits=False):
+def try_compile(model, shapes, env, packed=False, logits=False):
     """
-    Compile the model, wrap it with average_gradients() and try it on one batch (rows, T). Return the network. If
-    compiling fails on a rank (no C++ compiler, no Triton) or the gradients are wrong, print a warning and return the
+    Compile the model, wrap it with average_gradients() and try it on a batch of each shape (rows, T). Return the
+    network. If compiling fails on a rank (no C++ compiler, no Triton) or the gradients are wrong, print a warning and return the
     model itself, wrapped.
 
     The trial goes through the wrapper: for DDP torch.compile splits the graph, so that gradients are averaged while the
@@ -204,11 +204,13 @@ def try_compile(model, rows, T, env, packed=False, logits=False):
     started = time.perf_counter()
     problem = None
     try:
-        network = average_gradients(torch.compile(model), env)
+        # By default a second shape is compiled for all shapes, which is slower.
+        network = average_gradients(torch.compile(model, dynamic=False if len(shapes) > 1 else None), env)
         without_others = getattr(network, 'no_sync', nullcontext)  # of DDP: a rank that fails must not stop the others
-        with without_others(), env.ctx():
-            X, Y, *document = trial_batch(rows, T, model.config.vocab_size, env.device, packed)
-            network(X, None if logits else Y, *document).mean().backward()
+        for rows, T in shapes:
+            with without_others(), env.ctx():
+                X, Y, *document = trial_batch(rows, T, model.config.vocab_size, env.device, packed)
+                network(X, None if logits else Y, *document).mean().backward()
         check_gradients(model)
     except (torch.OutOfMemoryError, dist.DistError):
         raise

@@ -172,7 +172,7 @@ def test_compiled_gradients(style, packed):
     if packed:
         batch = (*batch, torch.arange(16).expand(4, 16) // 5)
     env = SimpleNamespace(device='cpu', device_type='cpu', dtype='float32', ctx=nullcontext, ddp=False)
-    compiled = try_compile(model, 4, 16, env, packed)
+    compiled = try_compile(model, [(4, 16)], env, packed)
     if compiled is model:
         pytest.skip('no compiler here')
     gradients = []

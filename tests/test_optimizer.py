@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from core.training import optimizer as optimizer_file
-from core.training.optimizer import OPTIMIZERS, Optimizer, configure_optimizer, matrices_of, orthogonalize
+from core.training.optimizer import (OPTIMIZERS, POLAR_EXPRESS, Optimizer, configure_optimizer, matrices_of,
+                                     orthogonalize)
 from model import GPT, GPTConfig
 
 SHAPE = {'block_size': 8, 'vocab_size': 11, 'n_layer': 1, 'n_head': 2, 'n_embd': 8}
@@ -87,7 +88,7 @@ def test_every_parameter_is_in_one_group(style, name):
     assert sorted(members) == sorted(id(p) for p in model.parameters())
     assert {p.dim() for p in groups[1]['params']} == {1}
     assert groups[1]['weight_decay'] == 0.0 < groups[0]['weight_decay']
-    if name == 'muon':
+    if name != 'adamw':
         matrices = {id(p) for key, p in model.named_parameters() if '.h.' in key and p.dim() == 2}
         assert {id(p) for p in groups[2]['params']} == matrices
 
@@ -108,10 +109,10 @@ def test_another_models_state_is_refused():
         ours.load_state_dict(state)
 
 
-def muon(params, parts=None):
+def muon(params, parts=None, rule='muon'):
     """Return our Muon for these matrices. parts[i]: the row counts of the matrices stacked in params[i]."""
     parts = parts or [[len(p)] for p in params]
-    group = {'params': params, 'parts': parts, 'rule': 'muon', 'lr': 0.02, 'momentum': 0.95, 'weight_decay': 0.1}
+    group = {'params': params, 'parts': parts, 'rule': rule, 'lr': 0.02, 'momentum': 0.95, 'weight_decay': 0.1}
     return Optimizer([group])
 
 
@@ -146,12 +147,42 @@ def test_muon_equals_torchs(precision):
         assert (ours - expected).norm() < 0.02 * expected.norm()
 
 
-def test_stacked_matrices_equal_separate_ones(precision):
+def test_normuon(precision):
+    """Against one matrix at a time, by the formulas of the paper with the orthogonal matrices of Polar Express."""
+    shapes = [(24, 24), (48, 24), (24, 72), (24, 24), (3, 24)]
+    params = [torch.randn(shape) for shape in shapes]
+    found = changes(params, lambda copies: muon(copies, rule='normuon'))
+    generator = torch.Generator().manual_seed(1)
+    expected = [p.clone() for p in params]
+    momenta, squares = [0.0] * len(params), [0.0] * len(params)
+    for _ in range(5):
+        for i, p in enumerate(expected):
+            grad = torch.randn(p.shape, generator=generator)
+            momenta[i] = 0.95 * momenta[i] + 0.05 * grad
+            update = orthogonalize((0.95 * momenta[i] + 0.05 * grad)[None], POLAR_EXPRESS)[0].float()
+            squares[i] = 0.95 * squares[i] + 0.05 * (update**2).mean(dim=1)
+            rows = update / squares[i].sqrt()[:, None]
+            rows *= update.norm() / rows.norm() * max(1, len(p) / p.size(1))**0.5
+            expected[i] = p * (1 - 0.02 * 0.1) - 0.02 * rows
+    for p, change, after in zip(params, found, expected):
+        torch.testing.assert_close(change, after - p, atol=1e-5, rtol=2e-3)
+
+
+def test_polar_express():
+    """Three steps bring singular values of very different sizes to between 0.2 and 1.9."""
+    generator = torch.Generator().manual_seed(1)
+    u, v = (torch.linalg.qr(torch.randn(24, 24, generator=generator)).Q for _ in range(2))
+    s = torch.linalg.svdvals(orthogonalize((u @ torch.logspace(0, -2, 24).diag() @ v)[None], POLAR_EXPRESS)[0].float())
+    assert 0.2 < s.min() and s.max() < 1.9
+
+
+@pytest.mark.parametrize('rule', ['muon', 'normuon'])
+def test_stacked_matrices_equal_separate_ones(rule, precision):
     generator = torch.Generator().manual_seed(1)
     separate = [torch.randn(rows, 24, generator=generator).requires_grad_() for rows in (32, 16, 16, 24)]
     stacked = [torch.cat(separate[:3]).detach().requires_grad_(), separate[3].detach().clone().requires_grad_()]
-    stacked_muon = muon(stacked, [[32, 16, 16], [24]])
-    separate_muon = muon(separate)
+    stacked_muon = muon(stacked, [[32, 16, 16], [24]], rule)
+    separate_muon = muon(separate, rule=rule)
     for _ in range(3):
         for p in separate:
             p.grad = torch.randn(p.shape, generator=generator)

@@ -13,7 +13,7 @@ from test_objectives import LETTERS, spell
 
 from core.text.conversations import write_folders
 from core.text.dataset import open_dataset
-from core.training.optimizer import configure_optimizer
+from core.training.optimizer import OPTIMIZERS, configure_optimizer
 from core.training.pipeline import Unread, load_ahead
 from model import GPT, GPTConfig
 from objectives import next_token
@@ -83,7 +83,7 @@ def test_numbers_of_other_devices_are_read_at_once():
         assert taken(unread) == [(step, 0.5)]
 
 
-@pytest.mark.parametrize('name', ['adamw', 'muon'])
+@pytest.mark.parametrize('name', OPTIMIZERS)
 def test_a_step_is_left_out_on_the_device(name, monkeypatch):
     """The GPU's way: a tensor says whether anything may change. NaN gradients then leave no trace."""
     monkeypatch.setattr(torch.Tensor, 'is_cuda', True)

@@ -23,7 +23,7 @@ GOOD = {
     'lr_decay_iters': 10, 'data_order': 'random', 'parallel': 'ddp', 'optimizer': 'adamw', 'schedule': 'cosine',
     'seed': 1337, 'epochs': 0.0, 'wandb_log': False, 'tensorboard_log': False, 'decay_lr': True, 'sample_interval': 0,
     'sample_tokens': 100, 'window': 0, 'window_pattern': 'SSSL', 'eval_only': False, 'dry_run': False,
-    'ema': 0.0, 'minutes': 0.0, 'auto': False,
+    'ema': 0.0, 'short_rows': 0.0, 'objective': 'next_token', 'minutes': 0.0, 'auto': False,
 }
 
 
@@ -59,6 +59,7 @@ GOOD = {
     ('dropout', 1.0, '[0, 1)'),
     ('cooldown', 1.5, '[0, 1]'),
     ('ema', -0.1, '[0, 0.5]'),
+    ('short_rows', 1.5, '[0, 1]'),
     ('ema', 0.999, '[0, 0.5]'),
     ('epochs', -1.0, 'at least 0'),
     ('epochs', float('inf'), 'a finite number'),
@@ -70,6 +71,12 @@ def test_impossible_value(key, value, expected):
     line = exit_line(check_settings, GOOD | {key: value})
     assert line.startswith(f'{key}={value}: expected ')
     assert expected in line
+
+
+@pytest.mark.parametrize('settings', [{'objective': 'dpo'}, {'block_size': 33}], ids=str)
+def test_rows_that_cannot_be_cut(settings):
+    line = exit_line(check_settings, GOOD | {'short_rows': 0.5} | settings)
+    assert line.startswith('short_rows=0.5: ') and str(*settings.values()) in line.partition('these are')[2]
 
 
 def test_possible_values():
@@ -127,10 +134,12 @@ def test_changes_since_the_checkpoint():
 
 def test_data_that_cannot_be_drawn():
     mixture = SimpleNamespace(weights=[0.5, 0.5], shortest=100, kind='', folder='a:0.5,b:0.5')
-    check_data(mixture, 'a:0.5,b:0.5', 'random', 32)
-    assert 'data_order=epochs' in exit_line(check_data, mixture, 'a:0.5,b:0.5', 'epochs', 32)
+    check_data(mixture, 'a:0.5,b:0.5', 'random', 32, 0.5)
+    assert 'data_order=epochs' in exit_line(check_data, mixture, 'a:0.5,b:0.5', 'epochs', 32, 0.0)
     short = SimpleNamespace(weights=[1.0], shortest=32, kind='', folder='short')
-    assert '--block_size=31' in exit_line(check_data, short, 'short', 'random', 32)
+    assert '--block_size=31' in exit_line(check_data, short, 'short', 'random', 32, 0.0)
+    chats = SimpleNamespace(weights=[1.0], shortest=100, kind='conversations', folder='chats')
+    assert exit_line(check_data, chats, 'chats', 'random', 32, 0.5).startswith('short_rows=0.5: chats has conversations')
 
 
 def test_split_rows():

@@ -385,6 +385,7 @@ MUON = ['--optimizer=muon', '--n_layer=3', '--gradient_checkpointing=True', '--t
 @pytest.mark.parametrize('style, stages', [
     pytest.param([], [(1, 4), (3, 8), (1, 12)], id='adamw'),
     pytest.param(MUON, [(3, 8), (2, 10), (1, 12)], id='muon-checkpointing', marks=pytest.mark.slow),
+    pytest.param(['--optimizer=normuon', *MUON[1:]], [(3, 8), (1, 12)], id='normuon', marks=pytest.mark.slow),
 ])
 def test_sharded(style, stages, tiny_data, tmp_path, monkeypatch):
     """
@@ -406,7 +407,9 @@ def test_sharded(style, stages, tiny_data, tmp_path, monkeypatch):
                             f'--out_dir={several}', *stage, '--parallel=fsdp'))
     assert f'processes {stages[-2][0]} -> 1, which share the same 6 rows a step' in out
     assert 'parallel fsdp -> ddp' in out
-    assert_close_runs(one, several, loss=2e-6, weights=2e-5)
+    # dividing by the size of a row makes rounding errors larger
+    tolerance = 50 if '--optimizer=normuon' in style else 1
+    assert_close_runs(one, several, loss=2e-6 * tolerance, weights=2e-5 * tolerance)
 
 
 @pytest.mark.slow

@@ -13,8 +13,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, TINY_LOADED, losses_of, make_dataset, run_script, train_in_fp32
 
+from core.text.dataset import open_dataset
 from core.training import optimizer
 from core.weights.checkpoint import build_model, load_checkpoint
+from objectives import next_token
 
 # Losses of the first 20 steps of the tiny runs below. A change of the network, the data order or the optimizer changes
 # them, and its commit says why.
@@ -54,6 +56,19 @@ def wait_for(condition, process=None, seconds=60):
 def test_golden_losses(tiny_data, tmp_path):
     train(tiny_data, tmp_path, '--max_iters=20')
     assert numbers_of(tmp_path) == pytest.approx(GOLDEN, abs=2e-4)
+
+
+def test_short_rows(tiny_data, tmp_path):
+    """Half of the steps see the same tokens in rows of half the length. The weights do not change here."""
+    train(tiny_data, tmp_path, '--short_rows=0.5', '--max_iters=4', '--learning_rate=0', '--min_lr=0', '--seed=5')
+    model = build_model(load(tmp_path), 'ckpt.pt')
+    data, T = open_dataset(str(tiny_data)), model.config.block_size
+    expected = []
+    for step in range(4):
+        starts = next_token.draw(data, 4, T, 5, step)
+        batch = [x.view(-1, T // 2 if step < 2 else T) for x in next_token.load(data, 'train', starts, T)]
+        expected.append(model(*batch).mean().item())
+    assert numbers_of(tmp_path) == pytest.approx(expected, abs=1e-4)
 
 
 def test_golden_losses_of_qwen3_and_muon(tiny_data, tmp_path, monkeypatch):
@@ -336,18 +351,19 @@ def test_a_wrong_compilation_is_not_used(tiny_data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('settings, tolerance', [
-    pytest.param([], 1e-5, id='fp32'),
-    pytest.param(['--dtype=bfloat16', '--dropout=0.2'], 0.02, id='bf16-dropout'),
+@pytest.mark.parametrize('settings, tolerance, n_shapes', [
+    pytest.param([], 1e-5, 1, id='fp32'),
+    pytest.param(['--dtype=bfloat16', '--dropout=0.2'], 0.02, 1, id='bf16-dropout'),
+    pytest.param(['--short_rows=0.5'], 1e-5, 2, id='short-rows'),
 ])
-def test_compile_gives_the_same_losses(settings, tolerance, tiny_data, tmp_path):
+def test_compile_gives_the_same_losses(settings, tolerance, n_shapes, tiny_data, tmp_path):
     torch._dynamo.reset()  # forget what other tests compiled for other shapes
     counts = torch._dynamo.utils.counters['stats']
     graphs_before = counts['unique_graphs']
     out = train(tiny_data, tmp_path / 'a', '--compile=True', *settings)
     if 'does not work here' in out:
         pytest.skip('no compiler here')
-    assert counts['unique_graphs'] - graphs_before == 1  # the trial batch is like the batches that follow
+    assert counts['unique_graphs'] - graphs_before == n_shapes  # the trial batches are like the batches that follow
     train(tiny_data, tmp_path / 'b', *settings)
     assert numbers_of(tmp_path / 'a') == pytest.approx(numbers_of(tmp_path / 'b'), abs=tolerance)
 

@@ -1,4 +1,4 @@
-"""The optimizers: AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest."""
+"""The optimizers: AdamW for all parameters; or Muon or NorMuon for the matrices of the blocks, AdamW for the rest."""
 import itertools
 import math
 
@@ -9,7 +9,7 @@ from torch.optim.adamw import adamw
 from core.device import fast_bf16_cpu
 from core.distributed import all_gather_like, shard_like, to_local
 
-OPTIMIZERS = ('adamw', 'muon')
+OPTIMIZERS = ('adamw', 'muon', 'normuon')
 
 
 def step_unless(skip, opt):
@@ -26,7 +26,7 @@ def step_unless(skip, opt):
 def warm_up_momentum(opt, step):
     """Set Muon's momentum at this step, from 0.85 to 0.95: early gradients are soon out of date."""
     for group in opt.param_groups:
-        if group.get('rule') == 'muon':
+        if 'momentum' in group:
             group['momentum'] = 0.85 + 0.1 * min(1.0, step / 300)
 
 
@@ -47,11 +47,11 @@ def matrices_of(model):
 def configure_optimizer(model, name, weight_decay, learning_rate, betas, muon_lr=0.0):
     """
     Return the optimizer of a model. AdamW has nanoGPT's two groups: matrices and embeddings decay, biases and the gains
-    of norms do not. With Muon the matrices of the blocks are a third group with its own learning rate.
+    of norms do not. With 'muon' and 'normuon' the matrices of the blocks are a third group with its own learning rate.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     matrices, parts = [], []
-    if name == 'muon':
+    if name != 'adamw':
         for p, row_counts in matrices_of(model):
             if p.requires_grad:
                 matrices.append(p)
@@ -68,7 +68,7 @@ def configure_optimizer(model, name, weight_decay, learning_rate, betas, muon_lr
     ]
     if matrices:
         lr_scale = muon_lr / (learning_rate or 1.0)
-        muon_settings = {'rule': 'muon', 'lr': muon_lr, 'lr_scale': lr_scale, 'momentum': 0.95}
+        muon_settings = {'rule': name, 'lr': muon_lr, 'lr_scale': lr_scale, 'momentum': 0.95}
         groups.append({'params': matrices, 'parts': parts, 'weight_decay': weight_decay, **muon_settings})
     grouped_ids = [id(p) for group in groups for p in group['params']]
     assert sorted(grouped_ids) == sorted(map(id, params)), 'the groups must hold every parameter once'
@@ -80,10 +80,10 @@ class Optimizer:
     Parameter groups, each updated by its rule:
 
     - 'adamw' (Loshchilov & Hutter 2019: https://arxiv.org/abs/1711.05101), in one fused kernel on CPUs, CUDA and MPS
-    - 'muon': see muon(). 'parts' are the row counts of the matrices stacked in each parameter.
+    - 'muon', 'normuon': see muon(). 'parts' are the row counts of the matrices stacked in each parameter.
 
-    Both compute what torch.optim's classes do, and the state dict has the same form, so nanoGPT's loads. Those classes
-    are not used because making one imports all of torch.compile: 1.7 s, more than the rest of the start.
+    The first two compute what torch.optim's classes do, and the state dict has the same form, so nanoGPT's loads. Those
+    classes are not used because making one imports all of torch.compile: 1.7 s, more than the rest of the start.
     """
 
     def __init__(self, groups):
@@ -91,7 +91,7 @@ class Optimizer:
         self.params = [p for group in groups for p in group['params']]
         self.state = []  # of each parameter, in the same order
         for group in groups:
-            new_state = muon_state if group['rule'] == 'muon' else adamw_state
+            new_state = {'adamw': adamw_state, 'muon': muon_state, 'normuon': normuon_state}[group['rule']]
             self.state += [new_state(p) for p in group['params']]
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class Optimizer:
             end = start + len(group['params'])
             states = self.state[start:end]
             start = end
-            if group['rule'] == 'muon':
+            if group['rule'] != 'adamw':
                 muon_step(group, states, skip)
             elif states:
                 adamw_step(group, states, skip)
@@ -187,21 +187,34 @@ def adamw_step(group, states, skip):
         found_inf=None if skip is None else skip.float(),  # the kernel changes nothing if it is 1
     )
 
-# --- Muon
+# --- Muon and NorMuon
+
+JORDAN = [(3.4445, -4.7750, 2.0315)] * 5  # singular values become 0.7 to 1.2, those below 0.0015 of the norm less
+# The first steps of Polar Express (Amsel et al. 2025: https://arxiv.org/abs/2505.16932). Those above 0.01 of the norm
+# become 0.2 to 1.9. NorMuon needs no more, and learned better with them than with JORDAN (docs/LOG.md).
+POLAR_EXPRESS = [
+    (8.287212, -23.595887, 17.300387), (4.107059, -2.947850, 0.544843), (3.948691, -2.908902, 0.551819)]
+ROW_BETA = 0.95  # of NorMuon's averages
 
 
 def muon_state(p):
     return {'momentum_buffer': torch.zeros_like(p)}
 
 
+def normuon_state(p):
+    rows = torch.zeros(len(p), 1, dtype=p.dtype, device=p.device)  # under FSDP, too, each rank has all of them
+    return {'momentum_buffer': torch.zeros_like(p), 'row_squares': rows}
+
+
 def muon_step(group, states, skip):
     params = group['params']
     grads = [to_local(p.grad) for p in params]
     buffers = [to_local(state['momentum_buffer']) for state in states]
-    muon(params, group['parts'], grads, buffers, group['lr'], group['momentum'], group['weight_decay'], skip)
+    squares = [state['row_squares'] for state in states] if group['rule'] == 'normuon' else None
+    muon(params, group['parts'], grads, buffers, group['lr'], group['momentum'], group['weight_decay'], skip, squares)
 
 
-def muon(params, parts, grads, buffers, lr, momentum, weight_decay, skip=None):
+def muon(params, parts, grads, buffers, lr, momentum, weight_decay, skip=None, row_squares=None):
     """
     Update matrices by one step of Muon (Jordan et al. 2024: https://kellerjordan.github.io/posts/muon). The update is
     the orthogonal matrix nearest to the Nesterov momentum, so every direction moves by the same amount, and one
@@ -211,6 +224,7 @@ def muon(params, parts, grads, buffers, lr, momentum, weight_decay, skip=None):
     grads, buffers: under FSDP this rank's shards. Momenta are gathered to be orthogonalised, and each rank adds its
         part of the update to its shard.
     skip: a bool tensor () on the device: nothing may change if it is True. None: False.
+    row_squares: one (rows, 1) for each parameter makes it NorMuon, see normalize_rows().
     """
     if skip is not None:
         grads = [torch.where(skip, buffer, grad) for grad, buffer in zip(grads, buffers)]  # then lerp changes nothing
@@ -218,19 +232,21 @@ def muon(params, parts, grads, buffers, lr, momentum, weight_decay, skip=None):
     momenta = torch._foreach_lerp(grads, buffers, momentum)
     # The updates are added to the parameter itself or, if it is sharded, to a full matrix of zeros.
     targets = [p if to_local(p) is p else torch.zeros(p.shape, dtype=p.dtype, device=p.device) for p in params]
-    batches = {}  # shape: (matrices to update, their momenta). Equal shapes are orthogonalised in one batch.
-    for p, target, local_momentum, row_counts in zip(params, targets, momenta, parts):
-        full_momentum = all_gather_like(local_momentum, p)
-        for matrix, matrix_momentum in zip(target.split(row_counts), full_momentum.split(row_counts)):
-            matrices, matrix_momenta = batches.setdefault(matrix.shape, ([], []))
-            matrices.append(matrix)
-            matrix_momenta.append(matrix_momentum)
+    batches = {}  # shape: (matrices to update, their momenta, squares). Equal shapes are orthogonalised in one batch.
+    for i, (p, target, row_counts) in enumerate(zip(params, targets, parts)):
+        stacked = [target, all_gather_like(momenta[i], p), *(row_squares[i:i + 1] if row_squares else ())]
+        for of_matrix in zip(*(x.split(row_counts) for x in stacked)):
+            batch = batches.setdefault(of_matrix[0].shape, [[] for _ in stacked])
+            for column, x in zip(batch, of_matrix):
+                column.append(x)
 
     decay = 1 - lr * weight_decay
     torch._foreach_mul_([to_local(p) for p in params], decay if skip is None else torch.where(skip, 1.0, decay))
-    for (n_rows, n_columns), (matrices, matrix_momenta) in batches.items():
+    for (n_rows, n_columns), (matrices, matrix_momenta, *squares) in batches.items():
         scale = max(1.0, n_rows / n_columns) ** 0.5
-        updates = orthogonalize_list(matrix_momenta)
+        updates = orthogonalize_list(matrix_momenta, POLAR_EXPRESS if squares else JORDAN)
+        if squares:
+            updates = normalize_rows(updates, *squares, skip)
         if skip is not None:
             torch._foreach_mul_(updates, (~skip).float())
         torch._foreach_add_(matrices, updates, alpha=-lr * scale)
@@ -239,16 +255,33 @@ def muon(params, parts, grads, buffers, lr, momentum, weight_decay, skip=None):
             to_local(p).add_(shard_like(target, p))
 
 
-def orthogonalize_list(matrices):
+def normalize_rows(updates, row_squares, skip=None):
+    """
+    Return the updates (m, n) with each row (neuron) divided by the root of a moving average of its squares, and with
+    the norm that the update had: NorMuon (Li et al. 2025: https://arxiv.org/abs/2510.05491). Changes row_squares (m, 1)
+    of each, the averages, unless skip.
+    """
+    stacked = torch.stack(updates)  # (K, m, n)
+    squares = stacked.square().mean(dim=2, keepdim=True)
+    weight = 1 - ROW_BETA if skip is None else torch.where(skip, 0.0, 1 - ROW_BETA)
+    average = torch.stack(row_squares).lerp(squares, weight)
+    for kept, new in zip(row_squares, average):
+        kept.copy_(new)
+    scaled = stacked / (average.sqrt() + 1e-8)
+    norm, scaled_norm = (x.norm(dim=(1, 2), keepdim=True) for x in (stacked, scaled))
+    return list(scaled * (norm / scaled_norm.clamp(min=1e-8)))
+
+
+def orthogonalize_list(matrices, steps):
     """Orthogonalise matrices of one shape. Each rank computes a share of them, and the results are gathered."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size == 1:
-        return list(orthogonalize(torch.stack(matrices)).to(matrices[0].dtype))
+        return list(orthogonalize(torch.stack(matrices), steps).to(matrices[0].dtype))
     share = math.ceil(len(matrices) / world_size)
     first = dist.get_rank() * share
     mine = matrices[first:first + share]
     padding = [torch.zeros_like(matrices[0])] * (share - len(mine))  # the last ranks may have fewer
-    mine = orthogonalize(torch.stack(mine + padding))
+    mine = orthogonalize(torch.stack(mine + padding), steps)
     gathered = mine.new_empty(world_size * share, *mine.shape[1:])  # in bf16 it is half as much to send
     # all_gather_into_tensor is the name before PyTorch 2.13
     all_gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
@@ -256,21 +289,19 @@ def orthogonalize_list(matrices):
     return list(gathered[:len(matrices)].to(matrices[0].dtype))
 
 
-def orthogonalize(matrices, steps=5):
+def orthogonalize(matrices, steps=JORDAN):
     """
     Return approximately the orthogonal matrices nearest to matrices (K, m, n), as bf16 if the hardware is fast at it.
-
-    Newton-Schulz steps of fifth order with the coefficients of Jordan et al. bring the singular values to between about
-    0.7 and 1.2, except those below 0.0015 of the norm.
+    steps: the coefficients of Newton-Schulz steps of fifth order, JORDAN or POLAR_EXPRESS.
     """
     wide = matrices.size(1) <= matrices.size(2)
     x = matrices if wide else matrices.transpose(1, 2)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     if x.device.type != 'cpu' or fast_bf16_cpu():
         x = x.bfloat16()
-    for _ in range(steps):
+    for a, b, c in steps:
         gram = x @ x.transpose(1, 2)  # (K, m, m)
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, gram, x, beta=3.4445)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
     x = x if wide else x.transpose(1, 2)
     return x.contiguous()

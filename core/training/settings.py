@@ -41,6 +41,10 @@ def check_settings(config, given=()):
         expect(0 <= config[key] < 1, key, 'a number in [0, 1)')
     expect(set(config['window_pattern']) in ({'S'}, {'L'}, {'S', 'L'}), 'window_pattern', 'letters S and L, like SSSL')
     expect(0 <= config['cooldown'] <= 1, 'cooldown', 'a number in [0, 1]')
+    expect(0 <= config['short_rows'] <= 1, 'short_rows', 'a number in [0, 1]')
+    if config['short_rows'] and (config['objective'] != 'next_token' or config['block_size'] % 2):
+        sys.exit(f'short_rows={config["short_rows"]}: it cuts rows of text in two, so it needs objective=next_token and '
+                 f'an even block_size; these are {config["objective"]} and {config["block_size"]}')
     expect(0 <= config['ema'] <= 0.5, 'ema', 'a number in [0, 0.5]; 0.5 is the mean over all steps')
     for key in ('max_iters', 'lr_decay_iters'):
         expect(config[key] >= -1, key, 'at least 0, or -1 (see --help)')
@@ -60,7 +64,7 @@ def check_settings(config, given=()):
     if window >= config['block_size'] or window and 'S' not in (config['window_pattern'] * n_layer)[:n_layer]:
         print(f'warning: window={window} limits nothing: it must be less than block_size={config["block_size"]}, and '
               f'window_pattern={config["window_pattern"]} must have an S among its first {n_layer} letters')
-    if config['optimizer'] == 'muon' and config['learning_rate'] == 0 < config['muon_lr']:
+    if config['optimizer'] != 'adamw' and config['learning_rate'] == 0 < config['muon_lr']:
         sys.exit(f'learning_rate=0: muon_lr={config["muon_lr"]} rises and falls with it, so give it a value above 0, '
                  'however small')
 
@@ -149,8 +153,10 @@ def check_same_data(checkpoint, path, dataset, data_hash):
                  f'exact continuation; for another dataset: --init_from={path} and another --out_dir')
 
 
-def check_data(data, dataset, data_order, block_size):
-    """Exit if rows of block_size tokens cannot be drawn from the dataset in this order."""
+def check_data(data, dataset, data_order, block_size, short_rows):
+    """Exit if rows of block_size tokens cannot be drawn from the dataset in this order, or not be cut in two."""
+    if short_rows and data.kind:
+        sys.exit(f'short_rows={short_rows}: {dataset} has {data.kind}, and only rows of text may be cut; leave it out')
     if data_order != 'random' and len(data.weights) > 1:
         sys.exit(f'data_order={data_order}: {dataset} is a mixture, drawn by weights, so it has no epochs; '
                  'use --data_order=random')
