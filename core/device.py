@@ -1,4 +1,5 @@
 """Set up a script: device, precision, processes and seed; the compiler; signals and error messages."""
+import copy
 import ctypes
 import functools
 import math
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
 from core import startup
@@ -199,13 +201,12 @@ def try_compile(model, shapes, env, packed=False, logits=False):
         print('warning: not compiled: for RoPE on heads of 64 or 128 channels in bfloat16 on a CPU, torch.compile '
               'computes wrong gradients (seen with PyTorch 2.13); heads of 32 or 96 are fine (--head_size=32)')
         return average_gradients(model, env)
-    print('compiling the model... (takes about a minute, the next time some seconds; --compile=False starts at once)',
+    print('compiling the model... (takes up to a minute, the next time some seconds; --compile=False starts at once)',
           flush=True)
     started = time.perf_counter()
     problem = None
     try:
-        # By default a second shape is compiled for all shapes, which is slower.
-        network = average_gradients(torch.compile(model, dynamic=False if len(shapes) > 1 else None), env)
+        network = average_gradients(compiled(model, shapes, env), env)
         without_others = getattr(network, 'no_sync', nullcontext)  # of DDP: a rank that fails must not stop the others
         for rows, T in shapes:
             with without_others(), env.ctx():
@@ -224,6 +225,21 @@ def try_compile(model, shapes, env, packed=False, logits=False):
     print(f'warning: torch.compile does not work here ({problem or "on another rank"}); going on without it')
     network = None  # frees DDP's hooks
     return average_gradients(model, env)
+
+
+def compiled(model, shapes, env):
+    """
+    Return a network that shares the model's parameters and is compiled at its first batch. On a CPU only its blocks are
+    compiled: as all have the same code, this takes a third of the time, and a step is not slower (docs/LOG.md).
+    """
+    # by default torch.compile makes slower code for any shape as soon as it meets a second one
+    compile_it = functools.partial(torch.compile, dynamic=False if len(shapes) > 1 else None)
+    if env.device_type != 'cpu':
+        return compile_it(model)
+    network = copy.copy(model)
+    blocks = nn.ModuleList(compile_it(block) for block in model.transformer.h)
+    network._modules = {**model._modules, 'transformer': nn.ModuleDict({**model.transformer._modules, 'h': blocks})}
+    return network
 
 
 def is_miscompiled(model, env):

@@ -322,7 +322,7 @@ def test_bf16_on_the_cpu_is_close_to_fp32(tiny_data, tmp_path):
 
 @pytest.mark.parametrize('message', ['no compiler', ''])
 def test_compile_falls_back(message, tiny_data, tmp_path, monkeypatch):
-    def broken(model):
+    def broken(model, dynamic):
         raise RuntimeError(message)
     monkeypatch.setattr(torch, 'compile', broken)
     out = train(tiny_data, tmp_path / 'a', '--compile=True')
@@ -334,7 +334,7 @@ def test_compile_falls_back(message, tiny_data, tmp_path, monkeypatch):
 def test_a_wrong_compilation_is_not_used(tiny_data, tmp_path, monkeypatch):
     """Its gradients are not finite, or this PyTorch is known to compile such a model wrongly."""
     class Broken(torch.nn.Module):
-        def __init__(self, model):
+        def __init__(self, model, dynamic):
             super().__init__()
             self.model = model
 
