@@ -1,6 +1,6 @@
 """
-Steps that optimizers need to reach a validation loss, with the network of 2.4M parameters and the data of
-config/speedrun_shakespeare_char.py:
+Steps that optimizers need to reach a validation loss, with a network of 2.4M parameters and the data, the context
+and the schedule of config/speedrun_shakespeare_char.py:
 
     python benchmarks/optimizer_race.py --factors=0.5,0.7,1,1.4,2     # first: tune the learning rates
     python benchmarks/optimizer_race.py                               # all optimizers, five seeds, to a loss of 1.46
@@ -43,6 +43,7 @@ factors = ''  # instead of the race: train `start` steps with the first seed and
 results = 'optimizer_race.jsonl'  # file with a line for every run
 # ---------------------------------------------------------------------------------------------------------------------
 CONFIG = 'config/speedrun_shakespeare_char.py'
+NETWORK = ['--n_layer=6', '--n_head=6', '--n_kv_head=2', '--n_embd=192', '--short_rows=0']
 RATIO = 1.15  # between the steps of two tries
 MOST_TRIES = 8  # in each direction
 
@@ -109,10 +110,10 @@ CONTENDERS = {
     'adamw': ('', 'learning_rate', {'optimizer': 'adamw', 'learning_rate': 5e-3, 'warmup_iters': 20}),
     'adamw-beta2-0.99': ('', 'learning_rate', {
         'optimizer': 'adamw', 'learning_rate': 5e-3, 'warmup_iters': 20, 'beta2': 0.99}),
-    'adamw-own-rate': ('adam_rule', 'muon_lr', {'muon_lr': 3e-3, 'warmup_iters': 20}),
-    'ademamix': ('ademamix', 'muon_lr', {'muon_lr': 2e-3, 'warmup_iters': 20}),
-    'soap': ('soap', 'muon_lr', {'muon_lr': 3e-3, 'warmup_iters': 20}),
-    'muon': ('', 'muon_lr', {'muon_lr': 0.02}),
+    'adamw-own-rate': ('adam_rule', 'muon_lr', {'optimizer': 'muon', 'muon_lr': 3e-3, 'warmup_iters': 20}),
+    'ademamix': ('ademamix', 'muon_lr', {'optimizer': 'muon', 'muon_lr': 2e-3, 'warmup_iters': 20}),
+    'soap': ('soap', 'muon_lr', {'optimizer': 'muon', 'muon_lr': 3e-3, 'warmup_iters': 20}),
+    'muon': ('', 'muon_lr', {'optimizer': 'muon', 'muon_lr': 0.02}),
     'normuon': ('', 'muon_lr', {'optimizer': 'normuon', 'muon_lr': 0.02}),
 }
 
@@ -182,7 +183,7 @@ def run(name, seed, steps, factor=1.0):
     """Return the line of a run, from the file of results or by training. Its loss is inf if the run diverged."""
     rule, tuned, given = CONTENDERS[name]
     given = {**given, tuned: given[tuned] * factor, 'seed': seed, 'max_iters': steps}
-    arguments = [CONFIG, *(f'--{key}={value}' for key, value in given.items()), *other_arguments]
+    arguments = [CONFIG, *NETWORK, *(f'--{key}={value}' for key, value in given.items()), *other_arguments]
     for line in read_results(results):
         if line['arguments'] == arguments and line['optimizer'] == name:
             return line
@@ -237,7 +238,7 @@ def race(names, numbers):
         mean = f'{statistics.mean(found):,.0f}' if found else 'not reached'
         sd = f'{statistics.stdev(found):.0f}' if len(found) > 1 else ''
         n = f'{len(found)}' if len(found) == len(numbers) else f'{len(found)} of {len(numbers)}'
-        settings = ', '.join(f'{key}={value}' for key, value in CONTENDERS[name][2].items())
+        settings = ', '.join(f'{key}={value}' for key, value in CONTENDERS[name][2].items() if key != 'optimizer')
         table.append(f'| {name} | {mean} | {sd} | {n} | {ms} | {settings} |')
     return table
 

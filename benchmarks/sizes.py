@@ -157,9 +157,10 @@ def command(settings, out):
     keys = [key for key in SETTINGS if key not in ('dataset', 'part', 'tokens')]
     folder = settings['dataset'] if settings['part'] == 1 else f'{out}/{settings["dataset"]}-{settings["part"]}'
     steps = round(settings['tokens'] / settings['block_size'] / settings['batch_size'])
-    return [CONFIG, f'--dataset={folder}', *(f'--{key}={settings[key]}' for key in keys), f'--n_head={n_head}',
-            f'--n_kv_head={n_kv_head}', f'--max_iters={steps}', '--eval_interval=1000000', '--eval_iters=1',
-            '--compile=False', f'--out_dir={out}/run']
+    return [CONFIG, '--optimizer=muon', '--short_rows=0', f'--dataset={folder}',
+            *(f'--{key}={settings[key]}' for key in keys), f'--n_head={n_head}', f'--n_kv_head={n_kv_head}',
+            f'--max_iters={steps}', '--eval_interval=1000000', '--eval_iters=1', '--compile=False',
+            f'--out_dir={out}/run']
 
 
 def measure(settings, out):

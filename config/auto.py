@@ -11,16 +11,18 @@ auto = True
 minutes = 10.0
 eval_iters = -1  # the whole validation text if there is time for it, else as much as there is time for
 log_interval = 50
+short_rows = 0.7
 always_save_checkpoint = False  # sample from the best checkpoint, not the last
 
-# Qwen3's network and Muon learn most in a short time: config/speedrun_shakespeare_char.py
+# Qwen3's network, NorMuon and rows that are short at first learn most in a short time:
+# config/speedrun_shakespeare_char.py
 rope_theta = 10000.0
 norm = 'rmsnorm'
 activation = 'swiglu'
 qk_norm = True
 tied = False  # a separate head learns faster
 
-optimizer = 'muon'
+optimizer = 'normuon'
 learning_rate = 3e-2  # of embeddings and norm gains
 muon_lr = 0.02
 min_lr = 0.0

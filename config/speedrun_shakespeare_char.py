@@ -1,4 +1,4 @@
-# Reach nanoGPT's best loss on Shakespeare's plays (three minutes on an A100) in less than five on two CPU cores.
+# Reach nanoGPT's best loss on Shakespeare's plays (three minutes on an A100) in two minutes on two CPU cores.
 
 out_dir = 'out-speedrun-shakespeare-char'
 eval_interval = 500
@@ -11,26 +11,26 @@ dataset = 'shakespeare_char'
 data_order = 'epochs'  # every character equally often
 gradient_accumulation_steps = 1
 batch_size = 8
-short_rows = 0.7
 block_size = 256  # a longer context predicts each character better
+short_rows = 0.7  # contexts of 128 are enough at first: less time, and a lower loss in the end
 
-# Qwen3's network with 2.4 million parameters, less than a quarter of nanoGPT's
+# Qwen3's network with 1.1 million parameters, a tenth of nanoGPT's: larger ones learn more slowly in this time
 n_layer = 4
 n_head = 5
 n_kv_head = 1  # a step takes a tenth less time, with the same loss
 n_embd = 160
-dropout = 0.0  # less than three epochs: weight decay is enough
+dropout = 0.0  # two epochs: weight decay is enough
 rope_theta = 10000.0
 norm = 'rmsnorm'
 activation = 'swiglu'
 qk_norm = True
 tied = False  # a separate head costs little with so few characters, and learns faster
 
-optimizer = 'normuon'
+optimizer = 'normuon'  # learns a little more in a step than muon
 learning_rate = 3e-2  # of embeddings and norm gains
 muon_lr = 0.02
 min_lr = 0.0
-max_iters = 1000
+max_iters = 1100
 lr_decay_iters = -1  # equal to max_iters
 warmup_iters = 0
 schedule = 'wsd'
