@@ -5,7 +5,7 @@ Benchmarks: the speed of training steps in any configuration, and the figures of
     python bench.py config/train_shakespeare_char.py --nanogpt=../nanoGPT   # also of nanoGPT's, with the same settings
     python bench.py config/train_shakespeare_char.py --profile              # a trace; the ten most expensive operations
     python bench.py --nanogpt=../nanoGPT    # nanoGPT's laptop command from start to end, in its folder and in this one
-    python bench.py --nanogpt=../nanoGPT --ours='config/train_shakespeare_char_cpu.py --max_iters=110'   # beside this
+    python bench.py --nanogpt=../nanoGPT --ours='config/train_shakespeare_char_cpu.py --n_layer=2 --max_iters=110'
     python bench.py --what=attention        # the two ways to compute attention on this CPU, forward and backward
     python bench.py --what=batch            # drawing a batch
     python bench.py --what=save             # the time that training waits for a checkpoint of GPT-2 124M

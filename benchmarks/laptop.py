@@ -2,7 +2,7 @@
 nanoGPT's laptop command from start to end, in nanoGPT's folder and in this one, in turn:
 
     python bench.py --nanogpt=../nanoGPT
-    python bench.py --nanogpt=../nanoGPT --ours='config/train_shakespeare_char_cpu.py --max_iters=110'
+    python bench.py --nanogpt=../nanoGPT --ours='config/train_shakespeare_char_cpu.py --n_layer=2 --max_iters=110'
 
 --ours replaces the arguments of our train.py, for example to compare the time to the same loss. nanoGPT's
 data/shakespeare_char must be prepared.

@@ -50,4 +50,4 @@ schedule = 'wsd'
 cooldown = 1.0  # decay from the first step on: shorter decays end at a higher loss
 beta2 = 0.95
 
-compile = True  # 1.6 times as fast; the first start takes a minute longer, later ones five seconds
+compile = True  # 1.6 times as fast; the first start takes a quarter of a minute longer, later ones five seconds

@@ -201,7 +201,7 @@ def try_compile(model, shapes, env, packed=False, logits=False):
         print('warning: not compiled: for RoPE on heads of 64 or 128 channels in bfloat16 on a CPU, torch.compile '
               'computes wrong gradients (seen with PyTorch 2.13); heads of 32 or 96 are fine (--head_size=32)')
         return average_gradients(model, env)
-    print('compiling the model... (takes up to a minute, the next time some seconds; --compile=False starts at once)',
+    print('compiling the model... (some seconds on a CPU, a minute on a GPU; --compile=False starts at once)',
           flush=True)
     started = time.perf_counter()
     problem = None

@@ -41,7 +41,7 @@ OTHER_SHARE = 0.06  # of the budget, for evaluations and saving
 LEAST_STEPS = 100  # of a run, if a smaller batch allows so many: in fewer the schedule cannot do its work
 COMPILE_MINUTES = 2  # a shorter run is not compiled
 # Assumed here; once it is compiled, the number of steps follows the clock. The optimizer is not compiled.
-COMPILE_SECONDS, COMPILE_SPEEDUP = 30, 1.6
+COMPILE_SECONDS, COMPILE_SPEEDUP = 15, 1.6
 
 Task = namedtuple('Task', 'config given data kind env')  # what a plan is made for; kind: 'cpu' or 'gpu'
 Network = namedtuple('Network', 'config n_params')  # n_params: without lookup tables
