@@ -43,7 +43,8 @@ TUNED = 'out-reference-sft_poems/best.pt'
 # and a CPU can train. More evaluations than in the config files give a finer curve, and change nothing else.
 RUNS = [
     ('shakespeare_char', [SHAKESPEARE], 'config/train_shakespeare_char_cpu.py --eval_interval=30'),
-    ('shakespeare_char', [SHAKESPEARE], 'config/train_shakespeare_char_cpu.py --n_layer=2 --max_iters=110 --eval_interval=10'),
+    ('shakespeare_char', [SHAKESPEARE],
+     'config/train_shakespeare_char_cpu.py --n_layer=2 --max_iters=110 --eval_interval=10'),
     ('shakespeare_char', [SHAKESPEARE], f'{LAPTOP} --eval_interval=125 --name=nanogpt_laptop'),
     ('shakespeare_char', [SHAKESPEARE], 'config/speedrun_shakespeare_char.py --eval_interval=50'),
     ('shakespeare_bbpe', [SHAKESPEARE, 'data/any_text/prepare.py data/shakespeare_char/input.txt --tokenizer=bbpe '

@@ -189,9 +189,9 @@ def tune_malloc():
 
 def try_compile(model, shapes, env, packed=False, logits=False):
     """
-    Compile the model, wrap it with average_gradients() and try it on a batch of each shape (rows, T). Return the
-    network. If compiling fails on a rank (no C++ compiler, no Triton) or the gradients are wrong, print a warning and return the
-    model itself, wrapped.
+    Compile the model, wrap it with average_gradients() and try it on a batch of each of the shapes (rows, T). Return
+    the network. If compiling fails on a rank (no C++ compiler, no Triton) or the gradients are wrong, print a warning
+    and return the model itself, wrapped.
 
     The trial goes through the wrapper: for DDP torch.compile splits the graph, so that gradients are averaged while the
     backward pass goes on, and it does so only then.

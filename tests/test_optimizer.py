@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from core.training import optimizer as optimizer_file
-from core.training.optimizer import (OPTIMIZERS, POLAR_EXPRESS, Optimizer, configure_optimizer, matrices_of,
-                                     orthogonalize)
+from core.training.optimizer import (
+    OPTIMIZERS,
+    POLAR_EXPRESS,
+    Optimizer,
+    configure_optimizer,
+    matrices_of,
+    orthogonalize,
+)
 from model import GPT, GPTConfig
 
 SHAPE = {'block_size': 8, 'vocab_size': 11, 'n_layer': 1, 'n_head': 2, 'n_embd': 8}

@@ -42,9 +42,9 @@ def check_settings(config, given=()):
     expect(set(config['window_pattern']) in ({'S'}, {'L'}, {'S', 'L'}), 'window_pattern', 'letters S and L, like SSSL')
     expect(0 <= config['cooldown'] <= 1, 'cooldown', 'a number in [0, 1]')
     expect(0 <= config['short_rows'] <= 1, 'short_rows', 'a number in [0, 1]')
-    if config['short_rows'] and (config['objective'] != 'next_token' or config['block_size'] % 2):
-        sys.exit(f'short_rows={config["short_rows"]}: it cuts rows of text in two, so it needs objective=next_token and '
-                 f'an even block_size; these are {config["objective"]} and {config["block_size"]}')
+    if config['short_rows'] and config['objective'] != 'next_token':
+        sys.exit(f'short_rows={config["short_rows"]}: it cuts rows of text in two, so it needs objective=next_token, '
+                 f'not {config["objective"]}; add --short_rows=0')
     expect(0 <= config['ema'] <= 0.5, 'ema', 'a number in [0, 0.5]; 0.5 is the mean over all steps')
     for key in ('max_iters', 'lr_decay_iters'):
         expect(config[key] >= -1, key, 'at least 0, or -1 (see --help)')
@@ -156,7 +156,11 @@ def check_same_data(checkpoint, path, dataset, data_hash):
 def check_data(data, dataset, data_order, block_size, short_rows):
     """Exit if rows of block_size tokens cannot be drawn from the dataset in this order, or not be cut in two."""
     if short_rows and data.kind:
-        sys.exit(f'short_rows={short_rows}: {dataset} has {data.kind}, and only rows of text may be cut; leave it out')
+        sys.exit(f'short_rows={short_rows}: {dataset} has {data.kind}, and only rows of text may be cut; '
+                 'add --short_rows=0')
+    if short_rows and block_size % 2:
+        sys.exit(f'short_rows={short_rows}: rows of block_size={block_size} tokens cannot be cut in two; '
+                 'add --short_rows=0, or choose an even block_size')
     if data_order != 'random' and len(data.weights) > 1:
         sys.exit(f'data_order={data_order}: {dataset} is a mixture, drawn by weights, so it has no epochs; '
                  'use --data_order=random')
