@@ -26,7 +26,7 @@ def step_unless(skip, opt):
 def warm_up_momentum(opt, step):
     """Set Muon's momentum at this step, from 0.85 to 0.95: early gradients are soon out of date."""
     for group in opt.param_groups:
-        if 'momentum' in group:
+        if group.get('rule') in ('muon', 'normuon'):
             group['momentum'] = 0.85 + 0.1 * min(1.0, step / 300)
 
 

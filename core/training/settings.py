@@ -42,9 +42,9 @@ def check_settings(config, given=()):
     expect(set(config['window_pattern']) in ({'S'}, {'L'}, {'S', 'L'}), 'window_pattern', 'letters S and L, like SSSL')
     expect(0 <= config['cooldown'] <= 1, 'cooldown', 'a number in [0, 1]')
     expect(0 <= config['short_rows'] <= 1, 'short_rows', 'a number in [0, 1]')
-    if config['short_rows'] and config['objective'] != 'next_token':
-        sys.exit(f'short_rows={config["short_rows"]}: it cuts rows of text in two, so it needs objective=next_token, '
-                 f'not {config["objective"]}; add --short_rows=0')
+    if config['short_rows'] and config['objective'] not in ('next_token', 'distill'):
+        sys.exit(f'short_rows={config["short_rows"]}: it cuts rows of text in two, so it needs objective=next_token or '
+                 f'distill, not {config["objective"]}; add --short_rows=0')
     expect(0 <= config['ema'] <= 0.5, 'ema', 'a number in [0, 0.5]; 0.5 is the mean over all steps')
     for key in ('max_iters', 'lr_decay_iters'):
         expect(config[key] >= -1, key, 'at least 0, or -1 (see --help)')
