@@ -259,7 +259,7 @@ def load_batches(step):
     starts = objective_module.draw(data, total_rows, block_size, seed, step, data_order)
     batches = [objective_module.load(data, 'train', starts[i:i + micro_rows], block_size, context)
                for i in range(env.rank * rows, (env.rank + 1) * rows, micro_rows)]
-    if step < short_rows * max_iters:
+    if step < short_rows * max_iters and not dry_run:  # which shall tell what whole rows need
         batches = [[x.view(-1, block_size // 2) for x in batch] for batch in batches]
     return [pin(batch, env) for batch in batches]
 

