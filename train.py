@@ -309,7 +309,7 @@ ahead = env.device_type != 'cpu' and getattr(objective_module.load, 'ahead', Tru
 steps = load_ahead(load_batches, iter_num, ahead)
 unread = Unread(env)  # the numbers of steps that a GPU may still be computing
 gc.freeze()  # Python's garbage collector need not look at all this again
-report = progress.StepReports(iter_num, log_interval, log, env, model)
+report = progress.StepReports(iter_num, log_interval, short_rows, log, env, model)
 while True:
     last = iter_num >= max_iters
     if (iter_num % eval_interval == 0 or last or eval_only) and not dry_run:

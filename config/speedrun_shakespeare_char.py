@@ -1,4 +1,4 @@
-# Reach nanoGPT's best loss on Shakespeare's plays (three minutes on an A100) in 2.4 minutes on two CPU cores.
+# Reach nanoGPT's best loss on Shakespeare's plays (three minutes on an A100) in 75 seconds on two cores of a Zen 5.
 
 out_dir = 'out-speedrun-shakespeare-char'
 eval_interval = 650

@@ -168,6 +168,24 @@ def test_other_objectives_are_not_judged(train, folder, tmp_path):
     assert re.fullmatch(r'validation loss (2\.\d{4}) at step 8; the reference run of .*train_tiny\.py had \1', line)
 
 
+def test_another_objective_is_compared_by_its_validation_loss(train, folder, tmp_path):
+    """What distillation minimises is not the loss of the next token."""
+    train('first', '--eval_interval=3', '--max_iters=8', '--log_interval=1')
+    reference.make_reference(str(tmp_path / 'first'), 'r')
+    log = tmp_path / 'first' / 'log.csv'
+    lines = log.read_text(encoding='utf-8').splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith('8,'))
+    log.write_text('\n'.join(lines[:last]) + '\n', encoding='utf-8')  # as if it had stopped after step 7
+    assert describe_comparison(str(tmp_path / 'first')).startswith('training loss ')
+    path = tmp_path / 'first' / 'run.json'
+    entries = json.loads(path.read_text(encoding='utf-8'))
+    entries['config']['objective'] = 'distill'
+    path.write_text(json.dumps(entries), encoding='utf-8')
+    line = describe_comparison(str(tmp_path / 'first'))
+    assert line.startswith('validation loss ') and ' at step 6; ' in line
+    assert 'objective next_token -> distill' in line
+
+
 def test_a_damaged_reference(train, folder, tmp_path):
     """It breaks neither the run nor its end."""
     train('first')

@@ -60,7 +60,8 @@ def test_golden_losses(tiny_data, tmp_path):
 
 def test_short_rows(tiny_data, tmp_path):
     """Half of the steps see the same tokens in rows of half the length. The weights do not change here."""
-    train(tiny_data, tmp_path, '--short_rows=0.5', '--max_iters=4', '--learning_rate=0', '--min_lr=0', '--seed=5')
+    out = train(tiny_data, tmp_path, '--short_rows=0.5', '--max_iters=4', '--learning_rate=0', '--min_lr=0', '--seed=5')
+    assert out.count('whole rows from here on') == out.count('step 2: whole rows from here on') == 1
     model = build_model(load(tmp_path), 'ckpt.pt')
     data, T = open_dataset(str(tiny_data)), model.config.block_size
     expected = []

@@ -33,7 +33,7 @@ NETWORKS = ((2, 96), (3, 128), (4, 160), (5, 192), (6, 192), (6, 256), (6, 320),
 CONTEXTS = (64, 128, 256, 512, 1024)
 SHORTEST_CONTEXT = 32  # for texts that are too short for the others
 # tokens on a CPU and on a GPU: in a step (least, most), in the steps that are timed, and at most in a micro-batch
-STEP_TOKENS = {'cpu': (2**10, 2**16), 'gpu': (2**12, 2**19)}
+STEP_TOKENS = {'cpu': (2**11, 2**16), 'gpu': (2**12, 2**19)}
 TIMED_TOKENS = {'cpu': (2**10, 2**12), 'gpu': (2**12, 2**15)}
 MICRO_TOKENS = {'cpu': 2**14, 'gpu': 2**16}
 TIMING_SHARE, TIMING_SECONDS = 0.05, 20  # of the budget, and at most so many, for timing

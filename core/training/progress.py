@@ -76,11 +76,13 @@ class StepReports:
     MFU is shown for known GPUs, but not for adapters: flops_per_token() counts full training.
     """
 
-    def __init__(self, step, log_interval, log, env, model):
+    def __init__(self, step, log_interval, short_rows, log, env, model):
         self.clock = StepClock(step)
         self.status = StatusLine()
         self.spike = spike_detector()
         self.log_interval = log_interval
+        self.short_rows = short_rows  # see train.py
+        self.rows_were_short = False
         self.log = log
         self.flops_per_s = env.peak_flops and env.peak_flops * env.world_size
         self.flops_per_token = None if model.lora else model.flops_per_token()
@@ -103,6 +105,11 @@ class StepReports:
             print(describe_step(step, numbers, seconds_left), flush=True)
             if self.log:
                 self.log(step, numbers)
+        rows_are_short = step < self.short_rows * max_iters
+        if self.rows_were_short and not rows_are_short:  # contexts that the model has not seen yet
+            self.spike = spike_detector()
+            print(f'step {step}: whole rows from here on; the loss is higher at first', flush=True)
+        self.rows_were_short = rows_are_short
         loss = numbers['loss']
         self.status.show(step, max_iters, loss, seconds_left)
         mean_before = self.spike(loss)

@@ -113,11 +113,16 @@ def compare(run, reference):
 def describe_comparison(out_dir):
     """Return the line about a run's loss and that of its reference run, or None."""
     folder, changes = find_reference(out_dir)
-    found = folder and compare(read_run(out_dir), read_run(folder))
+    if not folder:
+        return None
+    run = read_run(out_dir)
+    run_json = read_run_json(folder)
+    if run_json['config']['objective'] != read_run_json(out_dir)['config']['objective']:
+        run.pop('loss', None)  # only the validation losses are of one kind
+    found = compare(run, read_run(folder))
     if not found or not math.isfinite(found[2]):
         return None
     name, where, ours, theirs, band = found
-    run_json = read_run_json(folder)
     names = ' '.join(word for word in run_json['command'][1:] if word.endswith('.py'))
     line = f'{name} {ours:.4f} {where}; the reference run of {names} had {theirs:.4f}'
     if changes:
