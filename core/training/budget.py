@@ -191,6 +191,7 @@ class Budget:
 
         end = spent + self.ending_seconds() + duration(
             config['max_iters'] - step, step, self.step_seconds, self.evaluation_seconds, config['eval_interval'])
+        before = config['max_iters']
         if not self.is_planned or abs(end - self.seconds) > TOLERANCE * self.seconds:
             self.set_steps(self.affordable_steps(step, spent))
         enough = self.n_timed >= TIMED_STEPS or self.n_timed * self.step_seconds > TIMED_SECONDS
@@ -198,6 +199,8 @@ class Budget:
             self.is_planned = True
             print(f'budget: {config["max_iters"]:,} steps of {self.step_seconds * 1000:.0f} ms, to end after '
                   f'{as_time(self.seconds)}; {as_time(spent)} are spent', flush=True)
+        elif self.is_planned and config['max_iters'] != before:
+            print(f'budget: now {config["max_iters"]:,} steps, as they take {self.step_seconds * 1000:.0f} ms', flush=True)
         self.next_check = step + self.until_next_check(step)
         return self.schedule()
 

@@ -41,7 +41,7 @@ def expected_loss(n_params, tokens, unique_tokens, vocab_size, dropout, weight_d
     n_params: parameters that multiply, model.num_params(lookups=False)
     tokens: that are trained on, all passes together; unique_tokens: of the training text
     entropy: of the text, see entropy(); block_size: the context; batch_tokens: tokens of a step, 1,024
-        at least: smaller steps were worse, at these learning rates
+        at least: smaller steps were worse, at these learning rates; with NorMuon 2,048
     All may be arrays.
     """
     c = constants
