@@ -200,7 +200,8 @@ class Budget:
             print(f'budget: {config["max_iters"]:,} steps of {self.step_seconds * 1000:.0f} ms, to end after '
                   f'{as_time(self.seconds)}; {as_time(spent)} are spent', flush=True)
         elif self.is_planned and config['max_iters'] != before:
-            print(f'budget: now {config["max_iters"]:,} steps, as they take {self.step_seconds * 1000:.0f} ms', flush=True)
+            print(f'budget: now {config["max_iters"]:,} steps, as they take {self.step_seconds * 1000:.0f} ms',
+                  flush=True)
         self.next_check = step + self.until_next_check(step)
         return self.schedule()
 
